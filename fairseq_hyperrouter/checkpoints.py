@@ -1,0 +1,86 @@
+"""What a training run finds in its checkpoint folder, looked at before anything is built."""
+
+import logging
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Options that give the tensors of a checkpoint their shape or their meaning.
+_SHAPING = (
+    "_name",
+    "moe_router",
+    "moe_expert_count",
+    "moe_freq",
+    "moe_layers",
+    "moe_ffn_embed_dim",
+    "moe_hyper_embed_dim",
+    "moe_hyper_hidden_dim",
+    "moe_hyper_shared",
+    "moe_shared_experts",
+    "decoder_embed_dim",
+    "decoder_ffn_embed_dim",
+    "decoder_layers",
+    "decoder_attention_heads",
+)
+
+
+def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
+    """The file that fairseq's trainer will restore with these ``checkpoint`` options; None when there is none.
+
+    ``checkpoint_last.pt`` is a copy that stock fairseq does not make atomically. One that was cut short by a
+    kill is replaced by the newest whole checkpoint beside it, which is what was being copied.
+
+    Raises:
+        UserError (a ValueError): the file is truncated and nothing can take its place.
+    """
+    path = Path(checkpoint_cfg.save_dir, "checkpoint_last.pt")
+    if checkpoint_cfg.restore_file != "checkpoint_last.pt":
+        path = Path(checkpoint_cfg.restore_file)
+    elif not path.exists() and checkpoint_cfg.finetune_from_model:
+        path = Path(checkpoint_cfg.finetune_from_model)
+    if not path.exists():
+        return None
+    if not zipfile.is_zipfile(path):
+        _replace_truncated(path)
+    return path
+
+
+def _replace_truncated(path: Path) -> None:
+    whole = [other for other in path.parent.glob("checkpoint*.pt") if zipfile.is_zipfile(other)]
+    if path.name != "checkpoint_last.pt" or not whole:
+        raise UserError(f"cannot read checkpoint {path}: truncated, or not a checkpoint")
+    newest = max(whole, key=lambda other: other.stat().st_mtime)
+    logger.warning(f"{path} is truncated: replacing it by {newest}")
+    partial = path.with_suffix(".pt.tmp")
+    shutil.copyfile(newest, partial)
+    os.replace(partial, path)
+
+
+def check_same_model(path: Path, model_cfg: Any) -> None:
+    """Raise a UserError when the checkpoint at *path* is of another model than *model_cfg* says; it names both values."""
+    saved = read_model_cfg(path)
+    for name, value in _differences(saved, model_cfg).items():
+        option = "--arch" if name == "_name" else "--" + name.replace("_", "-")
+        raise UserError(
+            f"{option}: checkpoint {path} was made with {value[0]}, this command says {value[1]}; "
+            "give the same option, or another --save-dir"
+        )
+
+
+def read_model_cfg(path: Path) -> Dict[str, Any]:
+    """The model options that a checkpoint was trained with; its tensors are not read from disk."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return (state.get("cfg") or {}).get("model") or {}
+
+
+def _differences(saved: Dict[str, Any], model_cfg: Any) -> Dict[str, Tuple[Any, Any]]:
+    pairs = {name: (saved[name], getattr(model_cfg, name, None)) for name in _SHAPING if name in saved}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,0 +1,172 @@
+"""Every Mixture-of-Experts option, in one place, shared by all architectures."""
+
+from dataclasses import dataclass, field
+from typing import FrozenSet, Optional, Tuple
+
+from fairseq.dataclass import FairseqDataclass
+from omegaconf import II
+
+from .errors import UserError
+from .routing import ROUTERS, TopKSchedule
+from .routing.router import GATE_SOFTMAX
+
+
+def parse_ints(option: str, value: str) -> Tuple[int, ...]:
+    """The integers of a comma separated list; a UserError names the *option* when there are none."""
+    try:
+        return tuple(int(item) for item in str(value).split(","))
+    except ValueError:
+        raise UserError(f"{option} {value!r}: must be integers separated by commas, as in 1,2,4") from None
+
+
+def parse_top_k(option: str, value: object, num_experts: int) -> int:
+    """*value* as a number of experts per token; a UserError names the *option* when it is none."""
+    if str(value).strip().isdecimal() and 1 <= int(str(value)) <= num_experts:
+        return int(str(value))
+    raise UserError(f"{option} {value}: must be an integer between 1 and the number of experts ({num_experts})")
+
+
+@dataclass
+class MoEConfig(FairseqDataclass):
+    """The MoE options of a model. ``check`` tells whether they fit together; the properties give them parsed."""
+
+    moe_router: str = field(
+        default="hyperrouter",
+        metadata={"help": "routing method: hyperrouter, smoe (trained linear router), smoe-dropout (frozen linear router)"},
+    )
+    moe_expert_count: int = field(default=16, metadata={"help": "experts per MoE layer"})
+    moe_freq: int = field(
+        default=1, metadata={"help": "every N-th layer has a MoE feed-forward: N-1, 2N-1, ... counted from 0"}
+    )
+    moe_layers: Optional[str] = field(
+        default=None,
+        metadata={"help": "the layers that have a MoE feed-forward, counted from 0, as in 0,1,2,3; instead of --moe-freq"},
+    )
+    moe_ffn_embed_dim: Optional[int] = field(
+        default=None, metadata={"help": "hidden width of each expert (default: --decoder-ffn-embed-dim)"}
+    )
+    moe_top_k: int = field(
+        default=2,
+        metadata={"help": "experts per token in training; with a schedule, at its end (elastic: at most)"},
+    )
+    moe_top_k_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "how the experts per token change from --moe-top-k-start to --moe-top-k during training: "
+            "constant, linear, cosine, exponential, steps (doubling or halving), elastic (drawn at random)"
+        },
+    )
+    moe_top_k_start: int = field(
+        default=1, metadata={"help": "experts per token at the first update; may be above --moe-top-k, then it falls"}
+    )
+    moe_top_k_schedule_updates: int = field(
+        default=II("optimization.max_update"),
+        metadata={"help": "updates until the schedule arrives at --moe-top-k (default: --max-update)"},
+    )
+    moe_top_k_choices: Optional[str] = field(
+        default=None, metadata={"help": "what elastic draws from, as in 1,2,4,8,16 (default: 1 to --moe-top-k)"}
+    )
+    moe_elastic_per: str = field(
+        default="layer",
+        metadata={"help": "elastic draws once per update for all layers (update) or for each layer (layer)"},
+    )
+    moe_eval_top_k: Optional[str] = field(
+        default=None, metadata={"help": "experts per token at inference (default: --moe-top-k)"}
+    )
+    moe_gate_softmax: str = field(
+        default="selected",
+        metadata={"help": "the gates are a softmax over the logits of the selected experts (selected) or of all (all)"},
+    )
+    moe_router_init_std: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "standard deviation of the router's weights at the start (default: the method's own, "
+            "0.02; hyperrouter: what its hypernetwork generates, about 0.072 at width 256)"
+        },
+    )
+    moe_hyper_embed_dim: Optional[int] = field(
+        default=None, metadata={"help": "hyperrouter: size of the trained router embedding (default: the model's width)"}
+    )
+    moe_hyper_hidden_dim: int = field(
+        default=256, metadata={"help": "hyperrouter: hidden width of the frozen hypernetwork"}
+    )
+    moe_hyper_shared: bool = field(
+        default=False, metadata={"help": "hyperrouter: one hypernetwork for all layers instead of one per layer"}
+    )
+    moe_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "in training an expert takes at most ceil(factor * top-k * tokens / experts) assignments and the "
+            "rest are dropped (default: no limit)"
+        },
+    )
+    moe_shared_experts: int = field(
+        default=0, metadata={"help": "experts that every token goes to, beside the chosen ones"}
+    )
+
+    # options from other parts of the config
+    seed: int = II("common.seed")
+
+    def check(self, num_layers: int) -> None:
+        """Raise a UserError (a ValueError) for an option that cannot work in a model of *num_layers* layers."""
+        if self.moe_router not in ROUTERS:
+            raise UserError(f"--moe-router {self.moe_router!r}: choose from {', '.join(sorted(ROUTERS))}")
+        if self.moe_gate_softmax not in GATE_SOFTMAX:
+            raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
+        for name in ("moe_expert_count", "moe_ffn_embed_dim", "moe_hyper_embed_dim", "moe_hyper_hidden_dim", "moe_freq"):
+            self._check_least(name, 1)
+        self._check_least("moe_shared_experts", 0)
+        for name in ("moe_router_init_std", "moe_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{_option(name)} {value}: must be greater than 0")
+        parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
+        parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
+        self.eval_top_k, self.schedule  # noqa: B018  (parsing them checks them)
+        for layer in self.layer_numbers(num_layers):
+            if not 0 <= layer < num_layers:
+                raise UserError(f"--moe-layers {self.moe_layers}: layers are numbered 0 to {num_layers - 1}")
+        if not self.layer_numbers(num_layers):
+            raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
+
+    def _check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise UserError(f"{_option(name)} {value}: must be at least {least}")
+
+    @property
+    def schedule(self) -> TopKSchedule:
+        choices = self.moe_top_k_choices
+        return TopKSchedule(
+            self.moe_top_k_schedule,
+            end=self.moe_top_k,
+            start=self.moe_top_k_start,
+            updates=_resolved(self.moe_top_k_schedule_updates, 0),
+            choices=None if choices is None else parse_ints("--moe-top-k-choices", choices),
+            per=self.moe_elastic_per,
+            seed=self.init_seed,
+        )
+
+    @property
+    def eval_top_k(self) -> int:
+        value = self.moe_top_k if self.moe_eval_top_k is None else self.moe_eval_top_k
+        return parse_top_k("--moe-eval-top-k", value, self.moe_expert_count)
+
+    @property
+    def init_seed(self) -> int:
+        return _resolved(self.seed, 1)
+
+    def layer_numbers(self, num_layers: int) -> FrozenSet[int]:
+        """Which of the layers 0 .. num_layers - 1 have a MoE feed-forward."""
+        if self.moe_layers is not None:
+            return frozenset(parse_ints("--moe-layers", self.moe_layers))
+        return frozenset(range(self.moe_freq - 1, num_layers, self.moe_freq))
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _resolved(value: object, default: int) -> int:
+    """*value*, or *default* outside a full fairseq config, where a reference to another section stays unresolved."""
+    return default if isinstance(value, str) and value.startswith("${") else int(value or 0)

@@ -1,0 +1,76 @@
+"""``--criterion moe_cross_entropy``: cross entropy, with the routers' auxiliary losses in training."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+import torch.nn.functional as F
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from torch import Tensor
+
+from .routing_losses import RoutingLossConfig, auxiliary_loss, log_routing, routing_sums
+
+
+@dataclass
+class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
+    """Stock cross_entropy's option and the weights of the auxiliary losses."""
+
+
+@register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
+class MoECrossEntropyCriterion(CrossEntropyCriterion):
+    """loss = cross entropy + moe_gate_loss_wt * balance loss + moe_z_loss_wt * z-loss.
+
+    The logged loss, nll_loss and ppl are the cross entropy alone; the auxiliary part is only in what is
+    differentiated. It is weighted like the tokens, so gradient accumulation and several workers average it.
+    Works with a plain, tied or adaptive softmax.
+    """
+
+    def __init__(self, cfg: MoECrossEntropyConfig, task: Any) -> None:
+        super().__init__(task, cfg.sentence_avg)
+        self.cfg = cfg
+
+    @classmethod
+    def build_criterion(cls, cfg: MoECrossEntropyConfig, task: Any) -> "MoECrossEntropyCriterion":
+        cfg = MoECrossEntropyConfig.from_namespace(cfg)
+        cfg.check()
+        return cls(cfg, task)
+
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Return the loss to differentiate, the sample size and what is logged."""
+        net_output = model(**sample["net_input"])
+        loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        routings = net_output[1].get("routing", ())
+        logging_output = {
+            "loss": loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            **routing_sums(routings),
+        }
+        auxiliary = auxiliary_loss(routings, self.cfg) if self.training else None
+        if auxiliary is not None:
+            loss = loss + sample_size * auxiliary
+        return loss, sample_size, logging_output
+
+    def compute_loss(
+        self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, Tensor]:
+        adaptive_softmax = model.decoder.adaptive_softmax
+        if adaptive_softmax is None:
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
+        target = model.get_targets(sample, net_output).view(-1)
+        cluster_logits, cluster_targets = adaptive_softmax(net_output[0], target)
+        losses = [
+            F.cross_entropy(logits.float(), cluster, ignore_index=self.padding_idx, reduction="sum")
+            for logits, cluster in zip(cluster_logits, cluster_targets)
+            if cluster is not None
+        ]
+        loss = sum(losses[1:], losses[0])
+        return loss, loss
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Aggregate what the workers logged."""
+        CrossEntropyCriterion.reduce_metrics(logging_outputs)
+        log_routing(logging_outputs)

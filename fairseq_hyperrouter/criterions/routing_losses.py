@@ -1,0 +1,101 @@
+"""Auxiliary losses and metrics of a model's Routings, for any criterion.
+
+Dimensions: L MoE layers, E experts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.routing import Routing, losses
+
+Routings = Sequence[Optional[Routing]]
+
+
+@dataclass
+class RoutingLossConfig(FairseqDataclass):
+    """Weights of the auxiliary losses; each is averaged over the MoE layers."""
+
+    moe_gate_loss_wt: float = field(
+        default=0.0, metadata={"help": "weight of the balance loss, E sum_i f_i P_i, 1 when experts are used evenly"}
+    )
+    moe_z_loss_wt: float = field(default=0.0, metadata={"help": "weight of the z-loss, mean logsumexp(router logits)^2"})
+
+    def check(self) -> None:
+        """Raise a UserError (a ValueError) for a negative weight."""
+        for name in ("moe_gate_loss_wt", "moe_z_loss_wt"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+
+
+def auxiliary_loss(routings: Routings, cfg: RoutingLossConfig) -> Optional[Tensor]:
+    """The weighted auxiliary losses, averaged over the layers that ran; None when all weights are 0."""
+    ran = [routing for routing in routings if routing is not None]
+    total = None
+    for weight, loss in ((cfg.moe_gate_loss_wt, losses.balance_loss), (cfg.moe_z_loss_wt, losses.z_loss)):
+        if weight > 0 and ran:
+            mean = weight * torch.stack([loss(routing) for routing in ran]).mean()
+            total = mean if total is None else total + mean
+    return total
+
+
+@torch.no_grad()
+def routing_sums(routings: Routings) -> Dict[str, Tensor]:
+    """Sums over tokens, one row per MoE layer (zero for one that LayerDrop left out), to be added over workers.
+
+    Empty when no layer ran.
+    """
+    example = next((routing for routing in routings if routing is not None), None)
+    if example is None:
+        return {}
+    rows: Dict[str, List[Tensor]] = {name: [] for name in _SUMS}
+    for routing in routings:
+        for name, total in _SUMS.items():
+            rows[name].append(total(example) * 0 if routing is None else total(routing))
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+_SUMS = {
+    "moe_tokens": losses.num_tokens,
+    "moe_load": losses.expert_load,
+    "moe_probability": losses.probability_sum,
+    "moe_entropy": losses.entropy_sum,
+    "moe_dropped": losses.dropped_sum,
+}
+
+
+def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
+    """Log the metrics of the whole batch, over all workers, as means over the MoE layers.
+
+    moe_top_k           experts per token in force
+    moe_balance_loss    E sum_i f_i P_i, 1 when even
+    moe_router_entropy  of the softmax over all experts, nats; ln E when the router is undecided
+    moe_load_imbalance  load of the fullest expert over the mean load; 1 when even
+    moe_unused_experts  experts that no token chose
+    moe_dropped         share of the assignments that were over a capacity
+    """
+    outputs = [output for output in logging_outputs if "moe_load" in output]
+    if not outputs:
+        return
+    tokens, load, probability, entropy, dropped = (
+        torch.as_tensor(sum(output[name] for output in outputs)) for name in _SUMS
+    )
+    ran = tokens > 0  # (L,)
+    num_layers = ran.sum().clamp(min=1)
+    assignments = load.sum(dim=-1)
+
+    def log(name: str, per_layer: Tensor, digits: int) -> None:
+        mean = per_layer.masked_fill(~ran, 0.0).sum() / num_layers
+        metrics.log_scalar(name, mean, weight=1, priority=600, round=digits)
+
+    log("moe_top_k", assignments / tokens, 2)
+    log("moe_balance_loss", losses.balance(load, probability), 3)
+    log("moe_router_entropy", entropy / tokens, 3)
+    log("moe_load_imbalance", load.max(dim=-1).values * load.size(-1) / assignments, 2)
+    log("moe_unused_experts", (load == 0).sum(dim=-1).to(load), 2)
+    log("moe_dropped", dropped / assignments, 4)

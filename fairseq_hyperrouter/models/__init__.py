@@ -1,0 +1,5 @@
+"""fairseq architectures."""
+
+from .transformer_lm import HyperRouterLanguageModel
+
+__all__ = ["HyperRouterLanguageModel"]

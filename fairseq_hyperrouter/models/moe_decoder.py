@@ -1,0 +1,189 @@
+"""A stock decoder in which some layers are MoE layers."""
+
+import logging
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_decoder import TransformerDecoderBase
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
+
+from fairseq_hyperrouter.config import MoEConfig, parse_top_k
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.routing import ROUTERS, Routing
+
+from .moe_decoder_layer import MoEDecoderLayer
+
+logger = logging.getLogger(__name__)
+
+
+class MoEDecoder(TransformerDecoderBase):
+    """The stock decoder with MoE layers, which says how many experts are active and returns the Routings.
+
+    In training k follows the schedule of *moe* at the number of updates that the trainer announces; in
+    evaluation it is ``eval_top_k``. ``extra["routing"]`` holds one Routing per MoE layer, in the order of the
+    layers; None for a layer that LayerDrop left out.
+
+    Raises:
+        UserError (a ValueError): an option that does not fit, by name, value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        moe: MoEConfig,
+        dictionary: Any,
+        embed_tokens: nn.Module,
+        no_encoder_attn: bool = False,
+    ) -> None:
+        moe.check(cfg.decoder.layers)
+        if cfg.quant_noise.pq > 0:
+            raise UserError(f"--quant-noise-pq {cfg.quant_noise.pq}: does not reach inside experts, leave it out")
+        # nn.Module's constructor has not run yet: plain attributes only.
+        self.moe_config = moe
+        self.moe_numbers = sorted(moe.layer_numbers(cfg.decoder.layers))
+        self._built: List[Optional[MoELayer]] = []  # one entry per layer that build_decoder_layer was asked for
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+        del self._built
+        self.schedule = moe.schedule
+        self.eval_top_k = moe.eval_top_k
+        self.num_updates = 0
+        logger.info(f"experts per token: in training {self.schedule}, at inference {self.eval_top_k} of {moe.moe_expert_count}")
+
+    def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
+        number = len(self._built)
+        if number not in self.moe_numbers:
+            self._built.append(None)
+            return super().build_decoder_layer(cfg, no_encoder_attn)
+        lower = [layer.router for layer in self._built if layer is not None]
+        moe = build_moe_layer(self.moe_config, cfg, number, lower)
+        self._built.append(moe)
+        layer = MoEDecoderLayer(cfg, moe, self.moe_numbers.index(number), no_encoder_attn)
+        if cfg.checkpoint_activations:
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq's trainer before every update."""
+        self.num_updates = num_updates
+
+    def set_eval_top_k(self, top_k: Any) -> None:
+        """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
+        self.eval_top_k = parse_top_k("eval_top_k", top_k, self.moe_config.moe_expert_count)
+
+    @contextmanager
+    def at_top_k(self, top_k: Any) -> Iterator[None]:
+        """Evaluate with *top_k* experts per token inside the ``with`` block."""
+        before = self.eval_top_k
+        self.set_eval_top_k(top_k)
+        try:
+            yield
+        finally:
+            self.eval_top_k = before
+
+    def active_top_k(self, moe_index: int) -> int:
+        """Experts per token now, in the *moe_index*-th MoE layer."""
+        return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k
+
+    def extract_features_scriptable(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
+    ) -> Tuple[Tensor, Dict[str, List[Any]]]:
+        """The stock method with a layer loop that keeps what MoE layers return; same arguments and result.
+
+        Returns:
+            features (B, T, D) and {"attn", "inner_states", "routing"}
+        """
+        x, padding_mask = self._embed(prev_output_tokens, incremental_state)
+        encoder, encoder_padding_mask = (_first(encoder_out, key) for key in ("encoder_out", "encoder_padding_mask"))
+        causal = incremental_state is None and not full_context_alignment
+        alignment_layer = self.num_layers - 1 if alignment_layer is None else alignment_layer
+
+        attn: Optional[Tensor] = None
+        inner_states: List[Tensor] = [x]
+        routing: List[Optional[Routing]] = [None] * len(self.moe_numbers)
+        for number, layer in enumerate(self.layers):
+            is_aligned = number == alignment_layer
+            moe_index = getattr(layer, "moe_index", None)
+            x, layer_attn, _, *routing_fields = layer(
+                x,
+                encoder,
+                encoder_padding_mask,
+                incremental_state,
+                self_attn_mask=self.buffered_future_mask(x) if causal else None,
+                self_attn_padding_mask=padding_mask,
+                need_attn=is_aligned,
+                need_head_weights=is_aligned,
+                **({} if moe_index is None else {"top_k": self.active_top_k(moe_index)}),
+            )
+            inner_states.append(x)
+            if moe_index is not None:
+                routing[moe_index] = Routing(*routing_fields)
+            if is_aligned and layer_attn is not None:
+                attn = layer_attn.to(x)[:alignment_heads].mean(dim=0)  # over heads
+
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        features = x.transpose(0, 1)
+        if self.project_out_dim is not None:
+            features = self.project_out_dim(features)
+        return features, {"attn": [attn], "inner_states": inner_states, "routing": routing}
+
+    def _embed(self, tokens: Tensor, incremental_state: Optional[Dict[str, Any]]) -> Tuple[Tensor, Optional[Tensor]]:
+        """Tokens (B, T) -> embeddings (T, B, D) and the padding mask (B, T), None without padding."""
+        positions = None
+        if self.embed_positions is not None:
+            positions = self.embed_positions(tokens, incremental_state=incremental_state)
+        if incremental_state is not None:  # all but the last were seen at earlier steps
+            tokens = tokens[:, -1:]
+            positions = None if positions is None else positions[:, -1:]
+        x = self.embed_scale * self.embed_tokens(tokens.contiguous())
+        for optional in (self.quant_noise, self.project_in_dim):
+            if optional is not None:
+                x = optional(x)
+        if positions is not None:
+            x = x + positions
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        padding_mask = tokens.eq(self.padding_idx)
+        if not (self.cross_self_attention or padding_mask.any()):
+            padding_mask = None
+        return self.dropout_module(x).transpose(0, 1), padding_mask
+
+
+def build_moe_layer(moe: MoEConfig, cfg: TransformerConfig, number: int, lower: List[Any]) -> MoELayer:
+    """The MoE layer of decoder layer *number*; *lower* are the routers of the MoE layers below it.
+
+    Every router and every expert is drawn from a generator of its own, seeded by seed, layer and expert: the
+    same on every worker, and whatever else the model holds.
+    """
+    layer = MoELayer(
+        ROUTERS[moe.moe_router].from_config(moe, cfg.decoder.embed_dim, lower),
+        moe.moe_ffn_embed_dim or cfg.decoder.ffn_embed_dim,
+        top_k=moe.moe_top_k,
+        activation=utils.get_activation_fn(cfg.activation_fn),
+        activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
+        capacity_factor=moe.moe_capacity_factor,
+        shared_experts=moe.moe_shared_experts,
+    )
+
+    def generator(place: int) -> torch.Generator:
+        return torch.Generator().manual_seed((moe.init_seed * 1_000 + number) * 100_000 + place)
+
+    layer.router.reset_parameters(generator(0))
+    layer.experts.reset_parameters([generator(1 + expert) for expert in range(moe.moe_expert_count)])
+    return layer
+
+
+def _first(encoder_out: Optional[Dict[str, List[Tensor]]], key: str) -> Optional[Tensor]:
+    return encoder_out[key][0] if encoder_out is not None and encoder_out[key] else None

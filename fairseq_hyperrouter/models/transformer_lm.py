@@ -1,0 +1,95 @@
+"""``--arch transformer_lm_hyperrouter``: stock transformer_lm with Mixture-of-Experts feed-forwards."""
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Dict
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer_lm import (
+    DEFAULT_MAX_TARGET_POSITIONS,
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+)
+from fairseq.utils import safe_getattr
+
+from fairseq_hyperrouter.config import MoEConfig
+
+from .moe_decoder import MoEDecoder
+
+
+@dataclass
+class HyperRouterLanguageModelConfig(MoEConfig, TransformerLanguageModelConfig):
+    """The options of stock transformer_lm and those of its MoE layers."""
+
+
+@register_model("transformer_lm_hyperrouter", dataclass=HyperRouterLanguageModelConfig)
+class HyperRouterLanguageModel(TransformerLanguageModel):
+    """A transformer language model some of whose feed-forwards are Mixtures of Experts."""
+
+    decoder: MoEDecoder
+
+    @classmethod
+    def hub_models(cls) -> Dict[str, Any]:
+        return {}  # stock transformer_lm's checkpoints are not ours
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        if safe_getattr(args, "max_target_positions", None) is None:
+            args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
+        # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
+        # asked for one without layers, and that one is replaced.
+        without_layers = copy.deepcopy(args)
+        without_layers.decoder_layers = without_layers.base_layers = 0
+        without_layers.decoder_layers_to_keep = None
+        model = super().build_model(without_layers, task)
+        model.decoder = MoEDecoder(
+            TransformerConfig.from_namespace(args),
+            HyperRouterLanguageModelConfig.from_namespace(args),
+            task.target_dictionary,
+            model.decoder.embed_tokens,
+            no_encoder_attn=True,
+        )
+        return model
+
+    def set_eval_top_k(self, top_k: Any) -> None:
+        """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
+        self.decoder.set_eval_top_k(top_k)
+
+    def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
+        """Evaluate with *top_k* experts per token inside the ``with`` block."""
+        return self.decoder.at_top_k(top_k)
+
+
+def _paper_size(args: Any, layers: int) -> None:
+    """The sizes of the HyperRouter paper's scripts: MoE in layers 0 to 3, whatever the depth.
+
+    Its attention has 8 heads of 64 at width 256; fairseq's heads divide the width, so ours are 8 of 32.
+    """
+    args.decoder_layers = safe_getattr(args, "decoder_layers", layers)
+    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 256)
+    args.decoder_input_dim = safe_getattr(args, "decoder_input_dim", args.decoder_embed_dim)
+    args.decoder_output_dim = safe_getattr(args, "decoder_output_dim", args.decoder_embed_dim)
+    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 512)
+    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
+    args.moe_expert_count = safe_getattr(args, "moe_expert_count", 16)
+    if safe_getattr(args, "moe_freq", None) is None:
+        args.moe_layers = safe_getattr(args, "moe_layers", "0,1,2,3")
+
+
+@register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_small")
+def small(args: Any) -> None:
+    _paper_size(args, 4)
+
+
+@register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_medium")
+def medium(args: Any) -> None:
+    _paper_size(args, 8)
+
+
+@register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_large")
+def large(args: Any) -> None:
+    _paper_size(args, 18)

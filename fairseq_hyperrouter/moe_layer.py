@@ -1,0 +1,97 @@
+"""The one place where routing meets experts.
+
+Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
+"""
+
+from typing import Callable, Optional, Tuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+from .experts import ExpertBank, SharedExperts
+from .routing import Router, Routing, RoutingContext, limit_capacity
+
+
+class MoELayer(nn.Module):
+    """A Sparse Mixture-of-Experts feed-forward layer for any PyTorch program.
+
+    1. Route: the router chooses K of E experts for every token, and their gates.
+    2. In training with a ``capacity_factor``: drop the assignments over the experts' capacity. Without
+       one, and always in evaluation, nothing is dropped.
+    3. Compute: y = sum over the chosen experts of gate * FFN(x); plus the shared experts, ungated
+       (DeepSeekMoE, arXiv 2401.06066).
+
+    Padding is routed nowhere and gets nothing from the routed experts.
+
+    Args:
+        router: who chooses; it knows D and E.
+        ffn_embed_dim: F, the hidden width of each expert.
+        top_k: K, when ``forward`` is not told another.
+        activation: between the two products of an expert.
+        activation_dropout: probability of dropping a hidden unit of an expert.
+        capacity_factor: an expert takes at most ceil(factor * K * T / E) assignments in training.
+        shared_experts: how many experts every token goes to beside the chosen ones.
+
+    Raises:
+        UserError (a ValueError): naming the argument, its value and what is allowed.
+
+    >>> import torch
+    >>> layer = MoELayer(HyperRouter(embed_dim=64, num_experts=8), ffn_embed_dim=128, top_k=2)
+    >>> y, routing = layer(torch.randn(3, 5, 64))
+    >>> y.shape, routing.expert_index.shape
+    (torch.Size([3, 5, 64]), torch.Size([15, 2]))
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        ffn_embed_dim: int,
+        *,
+        top_k: int = 2,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation_dropout: float = 0.0,
+        capacity_factor: Optional[float] = None,
+        shared_experts: int = 0,
+    ) -> None:
+        super().__init__()
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise UserError(f"capacity_factor {capacity_factor}: must be greater than 0")
+        if shared_experts < 0:
+            raise UserError(f"shared_experts {shared_experts}: must be at least 0")
+        self.router = router
+        self.top_k = self._checked(top_k)
+        self.capacity_factor = capacity_factor
+
+        sizes = (router.embed_dim, ffn_embed_dim)
+        hidden = dict(activation=activation, dropout=activation_dropout)
+        self.experts = ExpertBank(router.num_experts, *sizes, **hidden)
+        self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
+
+    def _checked(self, top_k: int) -> int:
+        if not 1 <= top_k <= self.router.num_experts:
+            raise UserError(f"top_k {top_k}: must be between 1 and the number of experts ({self.router.num_experts})")
+        return top_k
+
+    def forward(
+        self, x: Tensor, *, top_k: Optional[int] = None, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Routing]:
+        """(..., D) tokens -> y (..., D) and the Routing of the T tokens in the order of x.
+
+        Args:
+            top_k: K for this call; default: the layer's.
+            padding_mask: bool, the shape of x without D; True where there is no token.
+        """
+        x_TD = x.reshape(-1, x.size(-1))
+        mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        top_k = self.top_k if top_k is None else self._checked(top_k)
+        routing = self.router(x_TD, RoutingContext(top_k, mask_T))
+        if self.training and self.capacity_factor is not None:
+            routing = limit_capacity(routing, self.capacity_factor)
+        y_TD = self.experts(x_TD, routing.expert_index, routing.gate, routing.kept)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x), routing
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}, capacity_factor={self.capacity_factor}"

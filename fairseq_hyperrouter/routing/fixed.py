@@ -1,0 +1,19 @@
+"""The frozen random router of SMoE-Dropout (Chen et al., arXiv 2303.01610)."""
+
+from torch import Tensor
+
+from .linear import LinearRouter
+from .router import register_router
+
+
+@register_router("smoe-dropout")
+class FixedRouter(LinearRouter):
+    """SMoE-Dropout: the linear router with W and b random and never trained.
+
+    They are buffers: no optimizer, fine-tuning or weight decay can reach them, and they are saved.
+    The method grows the experts per token during training: ``--moe-top-k-schedule linear``.
+    """
+
+    def _add_weights(self, weight: Tensor, bias: Tensor) -> None:
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)

@@ -1,0 +1,125 @@
+"""HyperRouter (Do et al., arXiv 2312.07035): a frozen hypernetwork generates the router.
+
+Dimensions: T tokens, D model, E experts, C router embedding, H hypernetwork hidden.
+"""
+
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_hyperrouter.errors import UserError
+
+from .router import Router, RoutingContext, register_router
+
+HYPERNETWORK_INIT_STD = 0.02
+
+
+class HyperNetwork(nn.Module):
+    """H(e) = W2 relu(W1 e + b1) + b2, frozen: (C,) -> (E * (D + 1),).
+
+    All four tensors are buffers, so nothing can train them and every checkpoint holds them.
+    Weights are drawn from N(0, 0.02), biases are 0.
+    """
+
+    def __init__(self, embedding_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        for name, value in (("embedding dimension", embedding_dim), ("hidden width", hidden_dim)):
+            if value < 1:
+                raise UserError(f"hypernetwork {name} {value}: must be at least 1")
+        self.register_buffer("weight1", torch.empty(hidden_dim, embedding_dim))
+        self.register_buffer("bias1", torch.empty(hidden_dim))
+        self.register_buffer("weight2", torch.empty(output_dim, hidden_dim))
+        self.register_buffer("bias2", torch.empty(output_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        self.weight1.normal_(0.0, HYPERNETWORK_INIT_STD, generator=generator)
+        self.weight2.normal_(0.0, HYPERNETWORK_INIT_STD, generator=generator)
+        self.bias1.zero_()
+        self.bias2.zero_()
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        hidden = F.relu(F.linear(embedding, self.weight1.to(embedding.dtype), self.bias1.to(embedding.dtype)))
+        return F.linear(hidden, self.weight2.to(embedding.dtype), self.bias2.to(embedding.dtype))
+
+    def extra_repr(self) -> str:
+        hidden_dim, embedding_dim = self.weight1.shape
+        return f"{embedding_dim} -> {hidden_dim} -> {self.weight2.size(0)}, frozen"
+
+
+@register_router("hyperrouter")
+class HyperRouter(Router):
+    """The router's weights are generated; only the embedding they are generated from is trained.
+
+    1. [W, b] = reshape(H(e), (E, D + 1)), e the trained router embedding (C,), drawn from N(0, 1).
+    2. z = x W^T + b.
+
+    Training and evaluation do the same. C trained numbers replace the E (D + 1) of a linear router.
+    W starts with a standard deviation of about 0.072 at C = H = 256, 3.6 times that of a linear
+    router. ``init_std`` sets another one: the embedding's draw is kept and the output of H is
+    multiplied by the constant ``scale``, so that W starts with exactly that standard deviation.
+
+    Args:
+        hypernetwork: one to share with other routers; by default the router makes its own.
+
+    Raises:
+        UserError (a ValueError): *hypernetwork* has other sizes than this router.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_experts: int,
+        *,
+        embedding_dim: Optional[int] = None,
+        hidden_dim: int = 256,
+        hypernetwork: Optional[HyperNetwork] = None,
+        init_std: Optional[float] = None,
+        gate_softmax: str = "selected",
+    ) -> None:
+        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        embedding_dim = embed_dim if embedding_dim is None else embedding_dim
+        output_dim = num_experts * (embed_dim + 1)
+        self._owns_hypernetwork = hypernetwork is None
+        if hypernetwork is None:
+            hypernetwork = HyperNetwork(embedding_dim, hidden_dim, output_dim)
+        wanted, found = (embedding_dim, output_dim), (hypernetwork.weight1.size(1), hypernetwork.weight2.size(0))
+        if found != wanted:
+            raise UserError(f"shared hypernetwork maps {found[0]} -> {found[1]}, this router needs {wanted[0]} -> {wanted[1]}")
+        self.init_std = init_std
+        self.hypernetwork = hypernetwork
+        self.embedding = nn.Parameter(torch.empty(embedding_dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.reset_parameters()
+
+    @classmethod
+    def options(cls, config: Any, lower: Sequence[Router]) -> Dict[str, Any]:
+        return {
+            **super().options(config, lower),
+            "init_std": config.moe_router_init_std,
+            "embedding_dim": config.moe_hyper_embed_dim,
+            "hidden_dim": config.moe_hyper_hidden_dim,
+            "hypernetwork": lower[0].hypernetwork if config.moe_hyper_shared and lower else None,
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        if self._owns_hypernetwork:
+            self.hypernetwork.reset_parameters(generator)
+        self.embedding.normal_(0.0, 1.0, generator=generator)
+        self.scale.fill_(1.0)
+        if self.init_std is not None:
+            weight, _ = self.generate()
+            self.scale.fill_(self.init_std / weight.std())
+
+    def generate(self, dtype: torch.dtype = torch.float32) -> Tuple[Tensor, Tensor]:
+        """The router's weights: W (E, D) and b (E,)."""
+        generated = self.hypernetwork(self.embedding.to(dtype)) * self.scale.to(dtype)
+        weight, bias = generated.view(self.num_experts, self.embed_dim + 1).split((self.embed_dim, 1), dim=1)
+        return weight, bias.squeeze(1)
+
+    def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
+        return F.linear(x, *self.generate(x.dtype))

@@ -1,0 +1,45 @@
+"""The trained linear router: z = x W^T + b (Shazeer et al., arXiv 1701.06538, without its noise)."""
+
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .router import Router, RoutingContext, register_router
+
+DEFAULT_INIT_STD = 0.02
+
+
+@register_router("smoe")
+class LinearRouter(Router):
+    """SMoE: W (E, D) and b (E,) are trained; both start from N(0, init_std)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_experts: int,
+        *,
+        init_std: Optional[float] = None,
+        gate_softmax: str = "selected",
+    ) -> None:
+        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        self.init_std = DEFAULT_INIT_STD if init_std is None else init_std
+        self._add_weights(torch.empty(num_experts, embed_dim), torch.empty(num_experts))
+        self.reset_parameters()
+
+    @classmethod
+    def options(cls, config: Any, lower: Sequence[Router]) -> Dict[str, Any]:
+        return {**super().options(config, lower), "init_std": config.moe_router_init_std}
+
+    def _add_weights(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        self.weight.normal_(0.0, self.init_std, generator=generator)
+        self.bias.normal_(0.0, self.init_std, generator=generator)
+
+    def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

@@ -1,0 +1,76 @@
+"""What a Routing says of itself: auxiliary losses and the sums that metrics are made of.
+
+Dimensions: T tokens, E experts, K experts per token. Padding counts nowhere.
+All are pure functions of a Routing. Those that return a sum are added up over layers, micro-batches and
+workers first and divided afterwards, so that what is reported is exact for the whole batch.
+"""
+
+import torch
+from torch import Tensor
+
+from .router import Routing
+
+
+def num_tokens(routing: Routing) -> Tensor:
+    """How many tokens count, a 0-dim float32 tensor."""
+    if routing.token_mask is None:
+        return torch.tensor(float(routing.logits.size(0)), device=routing.logits.device)
+    return routing.token_mask.sum(dtype=torch.float32)
+
+
+def _sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
+    """Sum (T, ...) over the tokens that count; a token that does not may hold anything, even NaN."""
+    if routing.token_mask is not None:
+        mask = routing.token_mask.view(-1, *(1,) * (per_token.dim() - 1))
+        per_token = per_token.masked_fill(~mask, 0.0)
+    return per_token.sum(dim=0)
+
+
+def expert_load(routing: Routing) -> Tensor:
+    """(E,) float32: how many tokens chose each expert, those over a capacity included."""
+    chosen = torch.zeros_like(routing.logits, dtype=torch.float32).scatter_(1, routing.expert_index, 1.0)
+    return _sum_over_tokens(routing, chosen)
+
+
+def probability_sum(routing: Routing) -> Tensor:
+    """(E,) sum over tokens of softmax(z)."""
+    return _sum_over_tokens(routing, routing.logits.softmax(dim=-1))
+
+
+def balance(load: Tensor, probability: Tensor) -> Tensor:
+    """E sum_i f_i P_i from (..., E) loads and probability sums; f and P are their shares.
+
+    Switch Transformer (arXiv 2101.03961). 1 when both are uniform, whatever K; E when all goes to one expert.
+    0 when there is no token.
+    """
+    f = load / load.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    p = probability / probability.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+    return load.size(-1) * (f * p).sum(dim=-1)
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """The load-balancing loss of one layer: its gradient flows through P, f is a constant."""
+    return balance(expert_load(routing).detach(), probability_sum(routing))
+
+
+def z_sum(routing: Routing) -> Tensor:
+    """Sum over tokens of logsumexp(z)^2."""
+    return _sum_over_tokens(routing, routing.logits.logsumexp(dim=-1).square())
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """mean logsumexp(z)^2 (ST-MoE, arXiv 2202.08906)."""
+    return z_sum(routing) / num_tokens(routing).clamp(min=1.0)
+
+
+def entropy_sum(routing: Routing) -> Tensor:
+    """Sum over tokens of the entropy of softmax(z) over all E experts, in nats."""
+    log_p = routing.logits.log_softmax(dim=-1)
+    return _sum_over_tokens(routing, -(log_p.exp() * log_p).sum(dim=-1))
+
+
+def dropped_sum(routing: Routing) -> Tensor:
+    """How many assignments of tokens that count were not carried out."""
+    if routing.kept is None:
+        return torch.zeros((), device=routing.logits.device)
+    return _sum_over_tokens(routing, (~routing.kept).sum(dim=-1, dtype=torch.float32))

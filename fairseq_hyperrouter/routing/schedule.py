@@ -1,0 +1,119 @@
+"""How many experts per token are active at an update.
+
+k goes from ``start`` to ``end`` over ``updates`` updates; with start > end it falls. At update t of T,
+t = 0 .. T - 1 (and any later one, which counts as T):
+
+    constant     k = end
+    linear       k = round(start + (end - start) t / T)
+    cosine       the same with (1 - cos(pi t / T)) / 2 in the place of t / T
+    exponential  the same with (1 - 0.99^(300 t / T)) / (1 - 0.99^300)
+    steps        start, 2 start, 4 start, ... end (or halving), each for the same number of updates
+    elastic      drawn at random, anew per update or per update and layer
+
+The first five are those of SMoE-Dropout (arXiv 2303.01610) and HyperRouter (arXiv 2312.07035) without their
+division by zero at small T and their step off the list at t = T; their exponential one stops at 95 % of the
+way, ours is stretched to arrive. Elastic k is that of Matryoshka MoE (arXiv 2509.26520).
+A schedule has no state: k depends on the update number (and the seed) alone, so it survives a resume.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+from fairseq_hyperrouter.errors import UserError
+
+_PROGRESS: Dict[str, Callable[[float], float]] = {
+    "linear": lambda s: s,
+    "cosine": lambda s: (1 - math.cos(math.pi * s)) / 2,
+    "exponential": lambda s: (1 - 0.99 ** (300 * s)) / (1 - 0.99**300),
+}
+SCHEDULES = ("constant", *_PROGRESS, "steps", "elastic")
+ELASTIC_PER = ("update", "layer")
+
+
+def doubling(start: int, end: int) -> Tuple[int, ...]:
+    """start, 2 start, 4 start, ... and last end; from the larger to the smaller when start > end.
+
+    >>> doubling(1, 12), doubling(16, 2)
+    ((1, 2, 4, 8, 12), (16, 8, 4, 2))
+    """
+    low, high = sorted((start, end))
+    values = []
+    while low < high:
+        values.append(low)
+        low *= 2
+    values.append(high)
+    return tuple(values if start <= end else reversed(values))
+
+
+@dataclass(frozen=True)
+class TopKSchedule:
+    """k as a function of the update number and the layer.
+
+    Args:
+        name: one of SCHEDULES.
+        end: k at the end of training; the largest k that ``elastic`` draws.
+        start: k at update 0.
+        updates: updates in the whole of training, T; needed by all but constant and elastic.
+        choices: what ``elastic`` draws from, each with the same chance; default: every k from 1 to ``end``.
+        per: whether ``elastic`` draws one k per "update" for all layers or one per update and "layer".
+        seed: of the draws.
+
+    Raises:
+        UserError (a ValueError): naming the argument, its value and what is allowed.
+    """
+
+    name: str = "constant"
+    end: int = 2
+    start: int = 1
+    updates: int = 0
+    choices: Optional[Sequence[int]] = None
+    per: str = "layer"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise UserError(f"--moe-top-k-schedule {self.name!r}: choose from {', '.join(SCHEDULES)}")
+        if self.per not in ELASTIC_PER:
+            raise UserError(f"--moe-elastic-per {self.per!r}: choose from {', '.join(ELASTIC_PER)}")
+        if self.needs_updates and self.updates < 1:
+            raise UserError(
+                f"--moe-top-k-schedule {self.name}: needs to know the number of updates, "
+                "set --max-update or --moe-top-k-schedule-updates to at least 1"
+            )
+        if self.name == "elastic" and not all(1 <= k <= self.end for k in self._choices):
+            raise UserError(
+                f"--moe-top-k-choices {','.join(map(str, self._choices))}: each must be between 1 and --moe-top-k ({self.end})"
+            )
+
+    @property
+    def needs_updates(self) -> bool:
+        return self.name not in ("constant", "elastic")
+
+    @property
+    def _choices(self) -> Sequence[int]:
+        return self.choices or range(1, self.end + 1)
+
+    def __call__(self, update: int, layer: int = 0) -> int:
+        """Experts per token at *update* (from 0) in *layer*."""
+        if self.name == "constant":
+            return self.end
+        if self.name == "elastic":
+            # A string seed is hashed by random.Random itself: the same on every machine and Python.
+            place = f"{self.seed} {update} {layer if self.per == 'layer' else 0}"
+            return random.Random(place).choice(self._choices)
+        done = min(max(update, 0) / self.updates, 1.0)
+        if self.name == "steps":
+            values = doubling(self.start, self.end)
+            return values[min(int(done * len(values)), len(values) - 1)]
+        # floor(x + 1/2): Python's round() sends .5 to the even neighbour and makes uneven stages.
+        return math.floor(self.start + (self.end - self.start) * _PROGRESS[self.name](done) + 0.5)
+
+    def __str__(self) -> str:
+        if self.name == "constant":
+            return f"constant {self.end}"
+        if self.name == "elastic":
+            drawn = ",".join(map(str, self._choices)) if self.choices else f"1..{self.end}"
+            return f"elastic, drawn from {drawn} per {self.per}"
+        return f"{self.name} {self.start} -> {self.end} over {self.updates} updates"

@@ -1,0 +1,5 @@
+"""fairseq tasks."""
+
+from .hyperrouter import HyperRouterTask
+
+__all__ = ["HyperRouterTask"]

@@ -1,0 +1,48 @@
+"""Is a folder made by fairseq-preprocess there, and whole?"""
+
+import os
+import struct
+
+import numpy as np
+
+from fairseq_hyperrouter.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 8, 8: 2, 9: 4, 10: 8}  # by fairseq's code of a number type
+_HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8  # magic, version, type of a token, number of lines
+
+
+def check_dictionary(data: str) -> None:
+    """Raise a UserError when *data*, or the first of several folders, holds no dictionary."""
+    folder = data.split(os.pathsep)[0]
+    if not os.path.isdir(folder):
+        raise UserError(f"DATA {folder}: no such folder; fairseq-preprocess makes it")
+    if not os.path.isfile(os.path.join(folder, "dict.txt")):
+        raise UserError(f"DATA {folder}: holds no dict.txt; fairseq-preprocess --only-source makes it")
+
+
+def check_split(prefix: str) -> None:
+    """Raise a UserError when prefix.bin is shorter or longer than prefix.idx says.
+
+    Stock fairseq notices a truncated .bin only when it comes to the missing lines, hours into a training.
+    Other than the default (mmap) formats are left to stock fairseq.
+    """
+    index_path, data_path = prefix + ".idx", prefix + ".bin"
+    if not os.path.isfile(index_path):
+        raise UserError(f"no such file: {index_path}; fairseq-preprocess makes it")
+    with open(index_path, "rb") as file:
+        header = file.read(_HEADER_BYTES)
+        if not header.startswith(_MAGIC):
+            return
+        sizes = b""
+        if len(header) == _HEADER_BYTES:
+            _, token_type, num_lines = struct.unpack("<QBQ", header[len(_MAGIC) :])
+            sizes = file.read(4 * num_lines)
+    if len(header) < _HEADER_BYTES or os.path.getsize(index_path) != _HEADER_BYTES + 12 * num_lines:
+        raise UserError(f"{index_path} is truncated: make it again with fairseq-preprocess")
+    expected = int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64)) * _TOKEN_BYTES[token_type]
+    found = os.path.getsize(data_path) if os.path.isfile(data_path) else 0
+    if found != expected:
+        raise UserError(
+            f"{data_path} has {found} bytes, {index_path} says {expected}: make it again with fairseq-preprocess"
+        )

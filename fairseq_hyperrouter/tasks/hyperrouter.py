@@ -1,0 +1,134 @@
+"""``--task hyperrouter``: language modeling for models that can use more or fewer experts."""
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+from fairseq import utils
+from fairseq.logging import metrics
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+from fairseq_hyperrouter.checkpoints import check_same_model, restored_checkpoint
+from fairseq_hyperrouter.compat import bf16_without_tpu
+from fairseq_hyperrouter.config import parse_ints
+from fairseq_hyperrouter.errors import UserError
+
+from .data_folder import check_dictionary, check_split
+from .token_length import TOKEN_UNITS, characters_per_token
+
+
+@dataclass
+class HyperRouterTaskConfig(LanguageModelingConfig):
+    """Stock language_modeling's options and these."""
+
+    valid_top_k: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "validate with each of these numbers of experts per token, as in 1,2,8, beside --moe-eval-top-k; "
+            "the metrics loss_k1, ppl_k1, bpc_k1, ... can be named by --best-checkpoint-metric"
+        },
+    )
+    token_unit: str = field(
+        default="auto",
+        metadata={
+            "help": "what a token stands for when bits per character (bpc) are counted: character (or byte), word, "
+            "auto (character when every symbol of the dictionary is one character long)"
+        },
+    )
+
+
+@register_task("hyperrouter", dataclass=HyperRouterTaskConfig)
+class HyperRouterTask(LanguageModelingTask):
+    """Language modeling that validates at several numbers of experts and counts bits per character.
+
+    It also looks at the options, the data folder and the checkpoint to be restored before training starts.
+
+    Raises:
+        UserError (a ValueError): naming the option or file, its value and what is allowed.
+    """
+
+    def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.valid_top_k = parse_ints("--valid-top-k", args.valid_top_k) if args.valid_top_k else ()
+        if args.token_unit not in TOKEN_UNITS:
+            raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
+        self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        super().add_args(parser)
+        # A mistyped option ends in one line, not in the hundred lines of all options.
+        parser.usage = "%(prog)s DATA [options]   (--help lists them)"
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "HyperRouterTask":
+        if args.data:
+            check_dictionary(args.data)
+        bf16_without_tpu(args)
+        return super().setup_task(args, **kwargs)
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        cfg = args._get_parent() if hasattr(args, "_get_parent") else None
+        if cfg is not None and not from_checkpoint:
+            self._check_best_metric(cfg.checkpoint.best_checkpoint_metric)
+            restored = restored_checkpoint(cfg.checkpoint)
+            if restored is not None:
+                check_same_model(restored, args)
+        model = super().build_model(args, from_checkpoint)
+        for top_k in self.valid_top_k:
+            if not hasattr(model, "at_top_k"):
+                raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
+            try:
+                with model.at_top_k(top_k):
+                    pass
+            except UserError as error:
+                raise UserError(f"--valid-top-k {self.args.valid_top_k}: {error}") from None
+        return model
+
+    def _check_best_metric(self, name: str) -> None:
+        match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
+        if match and int(match[2]) not in self.valid_top_k:
+            raise UserError(f"--best-checkpoint-metric {name}: --valid-top-k must list {match[2]}")
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        paths = utils.split_paths(self.args.data)
+        check_split(os.path.join(paths[(epoch - 1) % len(paths)], split))
+        return super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+
+    def train_step(self, sample: Dict[str, Any], *args: Any, **kwargs: Any) -> Tuple[Any, Any, Dict[str, Any]]:
+        loss, sample_size, logging_output = super().train_step(sample, *args, **kwargs)
+        logging_output["ncharacters"] = self._count_characters(sample)
+        return loss, sample_size, logging_output
+
+    def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        logging_output["ncharacters"] = self._count_characters(sample)
+        for top_k in self.valid_top_k:
+            with model.at_top_k(top_k):
+                _, _, output = super().valid_step(sample, model, criterion)
+            logging_output[f"loss_k{top_k}"] = output["loss"]
+        return loss, sample_size, logging_output
+
+    def _count_characters(self, sample: Dict[str, Any]) -> Any:
+        target = sample["target"]
+        self.characters = self.characters.to(target.device)
+        return self.characters[target].sum()
+
+    def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        tokens = sum(output.get("ntokens", 0) for output in logging_outputs)
+        characters = sum(output.get("ncharacters", 0) for output in logging_outputs)
+        for suffix in ("", *(f"_k{top_k}" for top_k in self.valid_top_k)):
+            if not all(f"loss{suffix}" in output for output in logging_outputs):
+                continue  # training computes no loss_k*
+            bits = sum(output[f"loss{suffix}"] for output in logging_outputs) / math.log(2)
+            if characters > 0:
+                metrics.log_scalar(f"bpc{suffix}", bits / characters, characters, priority=40, round=4)
+            if suffix:
+                metrics.log_scalar(f"loss{suffix}", bits / tokens, tokens, priority=30, round=3)
+                metrics.log_derived(
+                    f"ppl{suffix}", lambda meters, key=f"loss{suffix}": utils.get_perplexity(meters[key].avg), priority=35
+                )
