@@ -4,13 +4,16 @@ Importing the package registers its architectures, criterions and tasks with fai
 that for ``--user-dir fairseq_hyperrouter``.
 """
 
-import os
-import sys
+import warnings
+
+with warnings.catch_warnings():  # fairscale, which fairseq imports, uses names that torch has since renamed
+    warnings.simplefilter("ignore", FutureWarning)
+    import fairseq  # noqa: F401
 
 from .compat import allow_fairseq_checkpoints
 from .config import MoEConfig
 from .criterions import MoECrossEntropyCriterion
-from .errors import UserError, one_line_errors
+from .errors import UserError, one_line_errors, running_command
 from .models import HyperRouterLanguageModel
 from .moe_layer import MoELayer
 from .routing import (
@@ -45,6 +48,5 @@ __all__ = [
 ]
 
 allow_fairseq_checkpoints()
-_program = sys.modules["__main__"].__spec__
-if os.path.basename(sys.argv[0]).startswith("fairseq-") or (_program and _program.parent == "fairseq_cli"):
-    one_line_errors()  # in one of fairseq's commands, not in somebody's own program
+if running_command():  # not in somebody's own program
+    one_line_errors()

@@ -65,7 +65,7 @@ def _replace_truncated(path: Path) -> None:
 
 
 def check_same_model(path: Path, model_cfg: Any) -> None:
-    """Raise a UserError when the checkpoint at *path* is of another model than *model_cfg* says; it names both values."""
+    """Raise a UserError, which names both values, when the checkpoint is of another model than *model_cfg* says."""
     saved = read_model_cfg(path)
     for name, value in _differences(saved, model_cfg).items():
         option = "--arch" if name == "_name" else "--" + name.replace("_", "-")

@@ -32,7 +32,9 @@ class MoEConfig(FairseqDataclass):
 
     moe_router: str = field(
         default="hyperrouter",
-        metadata={"help": "routing method: hyperrouter, smoe (trained linear router), smoe-dropout (frozen linear router)"},
+        metadata={
+            "help": "routing method: hyperrouter, smoe (trained linear router), smoe-dropout (frozen linear router)"
+        },
     )
     moe_expert_count: int = field(default=16, metadata={"help": "experts per MoE layer"})
     moe_freq: int = field(
@@ -40,7 +42,9 @@ class MoEConfig(FairseqDataclass):
     )
     moe_layers: Optional[str] = field(
         default=None,
-        metadata={"help": "the layers that have a MoE feed-forward, counted from 0, as in 0,1,2,3; instead of --moe-freq"},
+        metadata={
+            "help": "the layers that have a MoE feed-forward, counted from 0, as in 0,1,2,3; instead of --moe-freq"
+        },
     )
     moe_ffn_embed_dim: Optional[int] = field(
         default=None, metadata={"help": "hidden width of each expert (default: --decoder-ffn-embed-dim)"}
@@ -85,7 +89,8 @@ class MoEConfig(FairseqDataclass):
         },
     )
     moe_hyper_embed_dim: Optional[int] = field(
-        default=None, metadata={"help": "hyperrouter: size of the trained router embedding (default: the model's width)"}
+        default=None,
+        metadata={"help": "hyperrouter: size of the trained router embedding (default: the model's width)"},
     )
     moe_hyper_hidden_dim: int = field(
         default=256, metadata={"help": "hyperrouter: hidden width of the frozen hypernetwork"}
@@ -113,7 +118,13 @@ class MoEConfig(FairseqDataclass):
             raise UserError(f"--moe-router {self.moe_router!r}: choose from {', '.join(sorted(ROUTERS))}")
         if self.moe_gate_softmax not in GATE_SOFTMAX:
             raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
-        for name in ("moe_expert_count", "moe_ffn_embed_dim", "moe_hyper_embed_dim", "moe_hyper_hidden_dim", "moe_freq"):
+        for name in (
+            "moe_expert_count",
+            "moe_ffn_embed_dim",
+            "moe_hyper_embed_dim",
+            "moe_hyper_hidden_dim",
+            "moe_freq",
+        ):
             self._check_least(name, 1)
         self._check_least("moe_shared_experts", 0)
         for name in ("moe_router_init_std", "moe_capacity_factor"):
@@ -122,7 +133,7 @@ class MoEConfig(FairseqDataclass):
                 raise UserError(f"{_option(name)} {value}: must be greater than 0")
         parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
         parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
-        self.eval_top_k, self.schedule  # noqa: B018  (parsing them checks them)
+        _ = self.eval_top_k, self.schedule  # parsing checks them
         for layer in self.layer_numbers(num_layers):
             if not 0 <= layer < num_layers:
                 raise UserError(f"--moe-layers {self.moe_layers}: layers are numbered 0 to {num_layers - 1}")

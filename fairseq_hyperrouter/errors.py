@@ -29,6 +29,15 @@ def explain(error: BaseException) -> Optional[str]:
     return None
 
 
+def running_command() -> str:
+    """Which of fairseq's commands this program is, as in "train" or "eval_lm"; "" when it is none."""
+    program = sys.modules["__main__"].__spec__
+    if program is not None and program.parent == "fairseq_cli":  # python -m fairseq_cli.train
+        return program.name.rpartition(".")[2]
+    name = os.path.basename(sys.argv[0])
+    return name[len("fairseq-") :].replace("-", "_") if name.startswith("fairseq-") else ""
+
+
 def one_line_errors() -> None:
     """From now on, end this program with one line instead of a traceback when its user made a mistake."""
     show_traceback = sys.excepthook
@@ -65,19 +74,15 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         return f"no such file: {error.filename}{hint}"
     where = "".join(traceback.format_tb(error.__traceback__)) + text
     if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError, OSError)):
-        return f"the data folder is damaged, make it again with fairseq-preprocess ({_path_in(error, 'path')}{_last_line(text)})"
+        return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
     if "load_checkpoint_to_cpu" in where and type(error).__module__ in ("builtins", "_pickle", "pickle", "zipfile"):
-        return f"cannot read checkpoint {_path_in(error, 'local_path')}: truncated, or not a checkpoint ({_last_line(text)})"
+        return f"cannot read checkpoint {_local(error, 'local_path', '')}: truncated, or not a checkpoint"
     return None
 
 
-def _path_in(error: BaseException, variable: str) -> Any:
-    """The value of a local *variable* of the frames that *error* passed through; the file it was about."""
+def _local(error: BaseException, variable: str, default: str) -> Any:
+    """The value of a local *variable* of the frames that *error* passed through: the file it was about."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         if variable in frame.f_locals:
-            return f"{frame.f_locals[variable]} "
-    return ""
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
+            return frame.f_locals[variable]
+    return default

@@ -24,7 +24,9 @@ class RoutingLossConfig(FairseqDataclass):
     moe_gate_loss_wt: float = field(
         default=0.0, metadata={"help": "weight of the balance loss, E sum_i f_i P_i, 1 when experts are used evenly"}
     )
-    moe_z_loss_wt: float = field(default=0.0, metadata={"help": "weight of the z-loss, mean logsumexp(router logits)^2"})
+    moe_z_loss_wt: float = field(
+        default=0.0, metadata={"help": "weight of the z-loss, mean logsumexp(router logits)^2"}
+    )
 
     def check(self) -> None:
         """Raise a UserError (a ValueError) for a negative weight."""

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -53,7 +53,9 @@ class MoEDecoder(TransformerDecoderBase):
         self.schedule = moe.schedule
         self.eval_top_k = moe.eval_top_k
         self.num_updates = 0
-        logger.info(f"experts per token: in training {self.schedule}, at inference {self.eval_top_k} of {moe.moe_expert_count}")
+        logger.info(
+            f"experts per token: in training {self.schedule}, at inference {self.eval_top_k} of {moe.moe_expert_count}"
+        )
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         number = len(self._built)
@@ -72,9 +74,14 @@ class MoEDecoder(TransformerDecoderBase):
         """Called by fairseq's trainer before every update."""
         self.num_updates = num_updates
 
+    def check_top_k(self, option: str, values: Iterable[Any]) -> None:
+        """Raise a UserError that names *option* when one of *values* cannot be the experts per token."""
+        for value in values:
+            parse_top_k(option, value, self.moe_config.moe_expert_count)
+
     def set_eval_top_k(self, top_k: Any) -> None:
         """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
-        self.eval_top_k = parse_top_k("eval_top_k", top_k, self.moe_config.moe_expert_count)
+        self.eval_top_k = parse_top_k("moe_eval_top_k", top_k, self.moe_config.moe_expert_count)
 
     @contextmanager
     def at_top_k(self, top_k: Any) -> Iterator[None]:

@@ -15,6 +15,7 @@ from fairseq.models.transformer_lm import (
 from fairseq.utils import safe_getattr
 
 from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.errors import UserError, running_command
 
 from .moe_decoder import MoEDecoder
 
@@ -55,6 +56,13 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         return model
 
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """Stock, and a word on samples that fairseq-eval-lm would skip, to print a perplexity of 1 for no token."""
+        length, longest = safe_getattr(cfg.task, "tokens_per_sample", 0), self.max_positions()
+        if running_command() == "eval_lm" and length > longest:
+            raise UserError(f"--tokens-per-sample {length}: this model takes at most {longest}, give that")
+        super().prepare_for_inference_(cfg)
+
     def set_eval_top_k(self, top_k: Any) -> None:
         """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
         self.decoder.set_eval_top_k(top_k)
@@ -82,14 +90,17 @@ def _paper_size(args: Any, layers: int) -> None:
 
 @register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_small")
 def small(args: Any) -> None:
+    """The paper's small model: 4 layers of width 256, 16 experts of width 512."""
     _paper_size(args, 4)
 
 
 @register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_medium")
 def medium(args: Any) -> None:
+    """The paper's medium model: 8 layers of width 256, 16 experts of width 512."""
     _paper_size(args, 8)
 
 
 @register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_large")
 def large(args: Any) -> None:
+    """The paper's large model: 18 layers of width 256, 16 experts of width 512."""
     _paper_size(args, 18)

@@ -88,7 +88,9 @@ class HyperRouter(Router):
             hypernetwork = HyperNetwork(embedding_dim, hidden_dim, output_dim)
         wanted, found = (embedding_dim, output_dim), (hypernetwork.weight1.size(1), hypernetwork.weight2.size(0))
         if found != wanted:
-            raise UserError(f"shared hypernetwork maps {found[0]} -> {found[1]}, this router needs {wanted[0]} -> {wanted[1]}")
+            raise UserError(
+                f"shared hypernetwork maps {found[0]} -> {found[1]}, this router needs {wanted[0]} -> {wanted[1]}"
+            )
         self.init_std = init_std
         self.hypernetwork = hypernetwork
         self.embedding = nn.Parameter(torch.empty(embedding_dim))

@@ -83,9 +83,8 @@ class TopKSchedule:
                 "set --max-update or --moe-top-k-schedule-updates to at least 1"
             )
         if self.name == "elastic" and not all(1 <= k <= self.end for k in self._choices):
-            raise UserError(
-                f"--moe-top-k-choices {','.join(map(str, self._choices))}: each must be between 1 and --moe-top-k ({self.end})"
-            )
+            drawn = ",".join(map(str, self._choices))
+            raise UserError(f"--moe-top-k-choices {drawn}: each must be between 1 and --moe-top-k ({self.end})")
 
     @property
     def needs_updates(self) -> bool:

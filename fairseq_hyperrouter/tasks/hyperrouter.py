@@ -78,14 +78,10 @@ class HyperRouterTask(LanguageModelingTask):
             if restored is not None:
                 check_same_model(restored, args)
         model = super().build_model(args, from_checkpoint)
-        for top_k in self.valid_top_k:
-            if not hasattr(model, "at_top_k"):
-                raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
-            try:
-                with model.at_top_k(top_k):
-                    pass
-            except UserError as error:
-                raise UserError(f"--valid-top-k {self.args.valid_top_k}: {error}") from None
+        if self.valid_top_k and not hasattr(model, "at_top_k"):
+            raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
+        if self.valid_top_k:
+            model.decoder.check_top_k("--valid-top-k", self.valid_top_k)
         return model
 
     def _check_best_metric(self, name: str) -> None:
@@ -130,5 +126,7 @@ class HyperRouterTask(LanguageModelingTask):
             if suffix:
                 metrics.log_scalar(f"loss{suffix}", bits / tokens, tokens, priority=30, round=3)
                 metrics.log_derived(
-                    f"ppl{suffix}", lambda meters, key=f"loss{suffix}": utils.get_perplexity(meters[key].avg), priority=35
+                    f"ppl{suffix}",
+                    lambda meters, key=f"loss{suffix}": utils.get_perplexity(meters[key].avg),
+                    priority=35,
                 )

@@ -18,7 +18,9 @@ def characters_per_token(dictionary: Any, unit: str = "auto") -> Tensor:
     Padding, and what fairseq-preprocess adds to fill the dictionary up, stands for nothing.
     """
     symbols = [dictionary[index] for index in range(len(dictionary))]
-    real = [index >= dictionary.nspecial and not symbol.startswith("madeupword") for index, symbol in enumerate(symbols)]
+    real = [
+        index >= dictionary.nspecial and not symbol.startswith("madeupword") for index, symbol in enumerate(symbols)
+    ]
     if unit == "auto":
         unit = "character" if all(len(s) == 1 for s, is_real in zip(symbols, real) if is_real) else "word"
     if unit == "character":

@@ -1,0 +1,51 @@
+"""Parameters and floating point operations of a language model at a number of active experts."""
+
+from typing import Any, List, NamedTuple
+
+from torch import nn
+
+from fairseq_hyperrouter.experts import ExpertBank
+from fairseq_hyperrouter.moe_layer import MoELayer
+
+
+class ModelCost(NamedTuple):
+    """What a model holds, and what one token uses of it."""
+
+    total_parameters: int
+    """All of them: trained and frozen."""
+    trained_parameters: int
+    frozen_parameters: int
+    """Frozen routers and hypernetworks."""
+    active_parameters: int
+    """Those that a token's forward pass uses: k experts per MoE layer, the router's E (D + 1) weights in the
+    place of what generates them, and all that is not MoE (the whole embedding table counts)."""
+    flops_per_token: float
+    """Of the forward pass, two per multiply-add: every product of the decoder, its attention over half the
+    context on average, and the output layer."""
+
+
+def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
+    """Count for *top_k* experts per token and samples of *context* tokens."""
+    layers: List[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # id: a hypernetwork shared by all layers counts once.
+    frozen = sum(b.numel() for b in {id(b): b for layer in layers for b in layer.router.buffers()}.values())
+    frozen += sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    active = sum(p.numel() for p in model.parameters())
+    flops = 0.0
+    for layer in layers:
+        router = layer.router.num_experts * (layer.router.embed_dim + 1)
+        active += router - sum(p.numel() for p in layer.router.parameters())
+        active -= _numel(layer.experts) * (layer.experts.num_experts - top_k) // layer.experts.num_experts
+        flops += 2 * (router + _numel(layer.experts) * top_k / layer.experts.num_experts)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            flops += 2 * module.weight.numel()
+    for layer in model.decoder.layers:
+        if hasattr(layer, "self_attn"):
+            flops += 2 * 2 * layer.self_attn.embed_dim * (context + 1) / 2
+    return ModelCost(trained + frozen, trained, frozen, active, flops)
+
+
+def _numel(bank: ExpertBank) -> int:
+    return sum(p.numel() for p in bank.parameters())

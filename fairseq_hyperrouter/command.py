@@ -1,0 +1,95 @@
+"""The console command ``fairseq-hyperrouter``: what fairseq has no command for."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+from .errors import explain
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a subcommand; a user's mistake is one line on stderr and exit status 1."""
+    args = _parser().parse_args(argv)
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq turns on the logs of every library
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"fairseq-hyperrouter: error: {message}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fairseq-hyperrouter", description=__doc__)
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sweep = subcommands.add_parser("sweep", help="evaluate checkpoints at several numbers of experts per token")
+    sweep.add_argument("checkpoint", nargs="+", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
+    sweep.add_argument("data", metavar="DATA", help="folder made by fairseq-preprocess")
+    sweep.add_argument(
+        "--top-k", default="1,2,4,8,16", help="experts per token, separated by commas (default: %(default)s)"
+    )
+    sweep.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+    sweep.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="samples per batch (default: %(default)s)"
+    )
+    sweep.add_argument(
+        "--tokens-per-sample", type=int, metavar="N", help="default: what the checkpoint was trained with"
+    )
+    sweep.add_argument(
+        "--context-window", type=int, default=0, metavar="N", help="tokens of every sample that only give context"
+    )
+    sweep.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sweep"),
+        metavar="DIR",
+        help="where to write sweep.json, sweep.md, sweep.png (default: %(default)s)",
+    )
+    sweep.add_argument("--cpu", action="store_true", help="use no GPU")
+    sweep.set_defaults(run=_sweep)
+
+    user_dir = subcommands.add_parser("user-dir", help="print the path for fairseq's --user-dir")
+    user_dir.set_defaults(run=_user_dir)
+    return parser
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from .analysis.sweep import markdown, sweep, write
+    from .config import parse_ints
+
+    rows = []
+    try:
+        for row in sweep(
+            args.checkpoint,
+            args.data,
+            parse_ints("--top-k", args.top_k),
+            split=args.split,
+            batch_size=args.batch_size,
+            tokens_per_sample=args.tokens_per_sample,
+            context_window=args.context_window,
+            cpu=args.cpu,
+        ):
+            rows.append(row)
+    finally:  # what is done is not lost when the next checkpoint cannot be read
+        if rows:
+            print(markdown(rows))
+            for path in write(rows, args.out):
+                print(f"wrote {path}")
+    return 0
+
+
+def _user_dir(args: argparse.Namespace) -> int:
+    print(os.path.dirname(os.path.abspath(__file__)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Package metadata: the one place for dependencies and entry points. Versions tested together: constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fairseq-hyperrouter",
+    version="0.1.0",
+    description="Sparse Mixture-of-Experts models for fairseq: HyperRouter and its peers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["fairseq_hyperrouter", "fairseq_hyperrouter.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "fairseq-fixed==0.12.3.1; python_version >= '3.11'",
+        "fairseq==0.12.2; python_version < '3.11'",  # as fairseq-fixed, but not importable from 3.11 on
+        "torch",
+        "fairscale>=0.4.13",
+        "sacrebleu",
+        "numpy",
+        "matplotlib",
+    ],
+    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "tensorboardX"]},
+    entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.command:main"]},
+)
