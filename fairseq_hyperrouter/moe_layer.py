@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
         self.capacity_factor = capacity_factor
 
         sizes = (router.embed_dim, ffn_embed_dim)
-        hidden = dict(activation=activation, dropout=activation_dropout)
+        hidden = {"activation": activation, "dropout": activation_dropout}
         self.experts = ExpertBank(router.num_experts, *sizes, **hidden)
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
 
