@@ -1,35 +1,19 @@
 """What a training run finds in its checkpoint folder, looked at before anything is built."""
 
+import argparse
 import logging
 import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 
+from .config import MoEConfig
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# Options that give the tensors of a checkpoint their shape or their meaning.
-_SHAPING = (
-    "_name",
-    "moe_router",
-    "moe_expert_count",
-    "moe_freq",
-    "moe_layers",
-    "moe_ffn_embed_dim",
-    "moe_hyper_embed_dim",
-    "moe_hyper_hidden_dim",
-    "moe_hyper_shared",
-    "moe_shared_experts",
-    "decoder_embed_dim",
-    "decoder_ffn_embed_dim",
-    "decoder_layers",
-    "decoder_attention_heads",
-)
 
 
 def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
@@ -67,12 +51,17 @@ def _replace_truncated(path: Path) -> None:
 def check_same_model(path: Path, model_cfg: Any) -> None:
     """Raise a UserError, which names both values, when the checkpoint is of another model than *model_cfg* says."""
     saved = read_model_cfg(path)
-    for name, value in _differences(saved, model_cfg).items():
-        option = "--arch" if name == "_name" else "--" + name.replace("_", "-")
+    if "moe_router" not in saved:
         raise UserError(
-            f"{option}: checkpoint {path} was made with {value[0]}, this command says {value[1]}; "
-            "give the same option, or another --save-dir"
+            f"--arch {model_cfg._name}: checkpoint {path} is of {saved.get('_name', 'another architecture')}"
         )
+    found = _shape(argparse.Namespace(**saved))
+    for option, value in _shape(model_cfg).items():
+        if value != found.get(option):
+            raise UserError(
+                f"{option}: checkpoint {path} was made with {found[option]}, this command says {value}; "
+                "give the same option, or another --save-dir"
+            )
 
 
 def read_model_cfg(path: Path) -> Dict[str, Any]:
@@ -81,6 +70,22 @@ def read_model_cfg(path: Path) -> Dict[str, Any]:
     return (state.get("cfg") or {}).get("model") or {}
 
 
-def _differences(saved: Dict[str, Any], model_cfg: Any) -> Dict[str, Tuple[Any, Any]]:
-    pairs = {name: (saved[name], getattr(model_cfg, name, None)) for name in _SHAPING if name in saved}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+def _shape(cfg: Any) -> Dict[str, Any]:
+    """The options that give the tensors of a checkpoint their shape or meaning, defaults filled in."""
+    moe = MoEConfig.from_namespace(cfg)
+    layers = moe.layer_numbers(cfg.decoder_layers)
+    shape = {
+        "--decoder-embed-dim": cfg.decoder_embed_dim,
+        "--decoder-layers": cfg.decoder_layers,
+        "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
+        "--moe-router": moe.moe_router,
+        "--moe-expert-count": moe.moe_expert_count,
+        "--moe-layers": ",".join(map(str, sorted(layers))),
+        "--moe-ffn-embed-dim": moe.moe_ffn_embed_dim or cfg.decoder_ffn_embed_dim,
+        "--moe-shared-experts": moe.moe_shared_experts,
+    }
+    if moe.moe_router == "hyperrouter":
+        shape["--moe-hyper-embed-dim"] = moe.moe_hyper_embed_dim or cfg.decoder_embed_dim
+        shape["--moe-hyper-hidden-dim"] = moe.moe_hyper_hidden_dim
+        shape["--moe-hyper-shared"] = moe.moe_hyper_shared
+    return shape

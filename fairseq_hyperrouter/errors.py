@@ -50,6 +50,7 @@ def one_line_errors() -> None:
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else fairseq-hydra-train prints a traceback of its own
 
 
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:

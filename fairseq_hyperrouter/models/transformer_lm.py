@@ -37,8 +37,11 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
-        if args.decoder_layers_to_keep:
-            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        if args.decoder_layers_to_keep:  # as stock, and the MoE layers are numbered anew like all layers
+            kept = sorted(int(number) for number in args.decoder_layers_to_keep.split(","))
+            moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
+            args.decoder_layers = len(kept)
+            args.moe_layers = ",".join(str(new) for new, old in enumerate(kept) if old in moe)
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
         # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
@@ -55,6 +58,17 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             no_encoder_attn=True,
         )
         return model
+
+    def load_state_dict(self, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Stock; a checkpoint of another model is a UserError that names one tensor and both its shapes."""
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            _, *problems = str(error).splitlines()
+            hint = "; is DATA the folder it was trained on?" if "embed_tokens" in str(error) else ""
+            raise UserError(
+                f"the checkpoint is of another model, {len(problems)} tensors differ: {problems[0].strip()}{hint}"
+            ) from None
 
     def prepare_for_inference_(self, cfg: Any) -> None:
         """Stock, and a word on samples that fairseq-eval-lm would skip, to print a perplexity of 1 for no token."""

@@ -75,7 +75,7 @@ class HyperRouterTask(LanguageModelingTask):
         if cfg is not None and not from_checkpoint:
             self._check_best_metric(cfg.checkpoint.best_checkpoint_metric)
             restored = restored_checkpoint(cfg.checkpoint)
-            if restored is not None:
+            if restored is not None and hasattr(args, "moe_router"):
                 check_same_model(restored, args)
         model = super().build_model(args, from_checkpoint)
         if self.valid_top_k and not hasattr(model, "at_top_k"):
