@@ -15,12 +15,15 @@ export PYTHONWARNINGS ?= ignore
 
 install: $(VENV)/installed
 
-# Stock fairseq compiles extensions. Build isolation would download a second PyTorch for that, and optimising them
-# takes minutes: those that training uses are small, -O1 serves them.
+# fairseq-fixed compiles extensions against PyTorch. Build isolation would download a second PyTorch for that, and
+# optimising them takes minutes: those that training uses are small, -O1 serves them. Stock fairseq, on Python 3.10,
+# is the other way round: its source package can be built only where there is no PyTorch.
+ISOLATION = $(shell $(BIN)/python -c 'import sys; print("--no-build-isolation" * (sys.version_info >= (3, 11)))')
+
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy cython setuptools wheel
-	CFLAGS="-O1 -g0" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	PIP_CONSTRAINT=constraints.txt CFLAGS="-O1 -g0" $(BIN)/python -m pip install -q $(ISOLATION) -e '.[test]'
 	touch $@
 
 quickstart: install

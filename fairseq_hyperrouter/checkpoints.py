@@ -66,7 +66,7 @@ def check_same_model(path: Path, model_cfg: Any) -> None:
 
 def read_model_cfg(path: Path) -> Dict[str, Any]:
     """The model options that a checkpoint was trained with; its tensors are not read from disk."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     return (state.get("cfg") or {}).get("model") or {}
 
 

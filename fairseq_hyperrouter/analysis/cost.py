@@ -4,7 +4,6 @@ from typing import Any, List, NamedTuple
 
 from torch import nn
 
-from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.moe_layer import MoELayer
 
 
@@ -20,8 +19,8 @@ class ModelCost(NamedTuple):
     """Those that a token's forward pass uses: k experts per MoE layer, the router's E (D + 1) weights in the
     place of what generates them, and all that is not MoE (the whole embedding table counts)."""
     flops_per_token: float
-    """Of the forward pass, two per multiply-add: every product of the decoder, its attention over half the
-    context on average, and the output layer."""
+    """Of the forward pass, two per multiply-add: every matrix product of the decoder, its attention over half
+    the context on average, and the output layer."""
 
 
 def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
@@ -34,10 +33,12 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
     active = sum(p.numel() for p in model.parameters())
     flops = 0.0
     for layer in layers:
-        router = layer.router.num_experts * (layer.router.embed_dim + 1)
-        active += router - sum(p.numel() for p in layer.router.parameters())
-        active -= _numel(layer.experts) * (layer.experts.num_experts - top_k) // layer.experts.num_experts
-        flops += 2 * (router + _numel(layer.experts) * top_k / layer.experts.num_experts)
+        router, experts = layer.router, layer.experts
+        expert_parameters = sum(p.numel() for p in experts.parameters()) // experts.num_experts
+        expert_products = (experts.weight1.numel() + experts.weight2.numel()) // experts.num_experts
+        active -= expert_parameters * (experts.num_experts - top_k)
+        active += router.num_experts * (router.embed_dim + 1) - sum(p.numel() for p in router.parameters())
+        flops += 2 * (router.num_experts * router.embed_dim + top_k * expert_products)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel()
@@ -45,7 +46,3 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
         if hasattr(layer, "self_attn"):
             flops += 2 * 2 * layer.self_attn.embed_dim * (context + 1) / 2
     return ModelCost(trained + frozen, trained, frozen, active, flops)
-
-
-def _numel(bank: ExpertBank) -> int:
-    return sum(p.numel() for p in bank.parameters())
