@@ -2,6 +2,7 @@
 
 from typing import Any, List, NamedTuple
 
+from fairseq.modules.adaptive_softmax import TiedLinear
 from torch import nn
 
 from fairseq_hyperrouter.moe_layer import MoELayer
@@ -20,7 +21,7 @@ class ModelCost(NamedTuple):
     place of what generates them, and all that is not MoE (the whole embedding table counts)."""
     flops_per_token: float
     """Of the forward pass, two per multiply-add: every matrix product of the decoder, its attention over half
-    the context on average, and the output layer."""
+    the context on average, and the output layer; not the input embedding."""
 
 
 def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
@@ -39,8 +40,9 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
         active -= expert_parameters * (experts.num_experts - top_k)
         active += router.num_experts * (router.embed_dim + 1) - sum(p.numel() for p in router.parameters())
         flops += 2 * (router.num_experts * router.embed_dim + top_k * expert_products)
+    looked_up = set(model.decoder.embed_tokens.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, TiedLinear)) and module not in looked_up:
             flops += 2 * module.weight.numel()
     for layer in model.decoder.layers:
         if hasattr(layer, "self_attn"):

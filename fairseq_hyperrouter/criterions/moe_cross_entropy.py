@@ -48,7 +48,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **routing_sums(routings),
         }
-        auxiliary = auxiliary_loss(routings, self.cfg) if self.training else None
+        auxiliary = auxiliary_loss(routings, self.cfg) if self.training and reduce else None
         if auxiliary is not None:
             loss = loss + sample_size * auxiliary
         return loss, sample_size, logging_output
@@ -61,12 +61,13 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             return super().compute_loss(model, net_output, sample, reduce=reduce)
         target = model.get_targets(sample, net_output).view(-1)
         cluster_logits, cluster_targets = adaptive_softmax(net_output[0], target)
-        losses = [
-            F.cross_entropy(logits.float(), cluster, ignore_index=self.padding_idx, reduction="sum")
-            for logits, cluster in zip(cluster_logits, cluster_targets)
-            if cluster is not None
-        ]
-        loss = sum(losses[1:], losses[0])
+        # Padding is in the head. Stock adaptive_loss ignores its number in the tails too, where it is a word.
+        loss = F.cross_entropy(
+            cluster_logits[0].float(), cluster_targets[0], ignore_index=self.padding_idx, reduction="sum"
+        )
+        for logits, cluster in zip(cluster_logits[1:], cluster_targets[1:]):
+            if cluster is not None:
+                loss = loss + F.cross_entropy(logits.float(), cluster, reduction="sum")
         return loss, loss
 
     @staticmethod

@@ -42,8 +42,10 @@ class MoEDecoder(TransformerDecoderBase):
         no_encoder_attn: bool = False,
     ) -> None:
         moe.check(cfg.decoder.layers)
-        if cfg.quant_noise.pq > 0:
-            raise UserError(f"--quant-noise-pq {cfg.quant_noise.pq}: does not reach inside experts, leave it out")
+        scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
+        for option, value in (("--scale-fc", scale_fc), ("--quant-noise-pq", cfg.quant_noise.pq)):
+            if value:
+                raise UserError(f"{option} {value}: does not reach inside experts, leave it out")
         # nn.Module's constructor has not run yet: plain attributes only.
         self.moe_config = moe
         self.moe_numbers = sorted(moe.layer_numbers(cfg.decoder.layers))
@@ -153,7 +155,6 @@ class MoEDecoder(TransformerDecoderBase):
             positions = self.embed_positions(tokens, incremental_state=incremental_state)
         if incremental_state is not None:  # all but the last were seen at earlier steps
             tokens = tokens[:, -1:]
-            positions = None if positions is None else positions[:, -1:]
         x = self.embed_scale * self.embed_tokens(tokens.contiguous())
         for optional in (self.quant_noise, self.project_in_dim):
             if optional is not None:

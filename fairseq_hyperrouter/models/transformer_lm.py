@@ -99,7 +99,8 @@ def _paper_size(args: Any, layers: int) -> None:
     args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
     args.moe_expert_count = safe_getattr(args, "moe_expert_count", 16)
     if safe_getattr(args, "moe_freq", None) is None:
-        args.moe_layers = safe_getattr(args, "moe_layers", "0,1,2,3")
+        first_four = ",".join(str(layer) for layer in range(min(4, args.decoder_layers)))
+        args.moe_layers = safe_getattr(args, "moe_layers", first_four)
 
 
 @register_model_architecture("transformer_lm_hyperrouter", "transformer_lm_hyperrouter_small")

@@ -27,7 +27,8 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
         valid = routing.kept.sum()
     else:
         valid = torch.tensor(num_assignments, device=expert_index_N.device)
-    capacity = torch.ceil(capacity_factor * valid / num_experts)
+    # A little less, or 1.1 * 50 / 5 in binary would round up to 12.
+    capacity = torch.ceil(capacity_factor * valid.double() / num_experts * (1 - 1e-9))
 
     queued, order = expert_index_N.sort(stable=True)
     queue_start = torch.searchsorted(queued, torch.arange(num_experts + 1, device=queued.device))

@@ -60,13 +60,14 @@ class HyperRouter(Router):
     Training and evaluation do the same. C trained numbers replace the E (D + 1) of a linear router.
     W starts with a standard deviation of about 0.072 at C = H = 256, 3.6 times that of a linear
     router. ``init_std`` sets another one: the embedding's draw is kept and the output of H is
-    multiplied by the constant ``scale``, so that W starts with exactly that standard deviation.
+    multiplied by the constant ``scale``, so that W starts with exactly that standard deviation (around 0).
 
     Args:
         hypernetwork: one to share with other routers; by default the router makes its own.
 
     Raises:
-        UserError (a ValueError): *hypernetwork* has other sizes than this router.
+        UserError (a ValueError): *hypernetwork* has other sizes than this router, or is so narrow that none of its
+            hidden units is active and the router could never learn.
     """
 
     def __init__(
@@ -113,9 +114,12 @@ class HyperRouter(Router):
             self.hypernetwork.reset_parameters(generator)
         self.embedding.normal_(0.0, 1.0, generator=generator)
         self.scale.fill_(1.0)
+        weight, _ = self.generate()
+        if not weight.any():
+            hidden_dim = self.hypernetwork.weight1.size(0)
+            raise UserError(f"--moe-hyper-hidden-dim {hidden_dim}: no hidden unit is active, take a wider hypernetwork")
         if self.init_std is not None:
-            weight, _ = self.generate()
-            self.scale.fill_(self.init_std / weight.std())
+            self.scale.fill_(self.init_std / weight.square().mean().sqrt())
 
     def generate(self, dtype: torch.dtype = torch.float32) -> Tuple[Tensor, Tensor]:
         """The router's weights: W (E, D) and b (E,)."""

@@ -19,7 +19,7 @@ def num_tokens(routing: Routing) -> Tensor:
 
 
 def _sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
-    """Sum (T, ...) over the tokens that count; a token that does not may hold anything, even NaN."""
+    """Sum (T, ...) over the tokens that count."""
     if routing.token_mask is not None:
         mask = routing.token_mask.view(-1, *(1,) * (per_token.dim() - 1))
         per_token = per_token.masked_fill(~mask, 0.0)

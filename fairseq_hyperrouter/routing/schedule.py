@@ -77,6 +77,9 @@ class TopKSchedule:
             raise UserError(f"--moe-top-k-schedule {self.name!r}: choose from {', '.join(SCHEDULES)}")
         if self.per not in ELASTIC_PER:
             raise UserError(f"--moe-elastic-per {self.per!r}: choose from {', '.join(ELASTIC_PER)}")
+        for argument, k in (("--moe-top-k", self.end), ("--moe-top-k-start", self.start)):
+            if k < 1:
+                raise UserError(f"{argument} {k}: must be at least 1")
         if self.needs_updates and self.updates < 1:
             raise UserError(
                 f"--moe-top-k-schedule {self.name}: needs to know the number of updates, "

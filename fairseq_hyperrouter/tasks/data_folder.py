@@ -40,6 +40,8 @@ def check_split(prefix: str) -> None:
             sizes = file.read(4 * num_lines)
     if len(header) < _HEADER_BYTES or os.path.getsize(index_path) != _HEADER_BYTES + 12 * num_lines:
         raise UserError(f"{index_path} is truncated: make it again with fairseq-preprocess")
+    if token_type not in _TOKEN_BYTES:
+        raise UserError(f"{index_path} is damaged: make it again with fairseq-preprocess")
     expected = int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64)) * _TOKEN_BYTES[token_type]
     found = os.path.getsize(data_path) if os.path.isfile(data_path) else 0
     if found != expected:

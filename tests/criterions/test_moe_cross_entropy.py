@@ -1,0 +1,152 @@
+import pytest
+import torch
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.logging import metrics
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
+from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
+from tests import reference
+from tests.tiny import ADAPTIVE, tiny_model, tiny_sample, tiny_task
+
+
+def make_criterion(sentence_avg=False, **options):
+    config = MoECrossEntropyConfig(sentence_avg=sentence_avg, **options)
+    return MoECrossEntropyCriterion.build_criterion(config, tiny_task())
+
+
+def means(model, sample):
+    """Reference balance loss, z-loss and entropy, averaged over the layers."""
+    routings = model(**sample["net_input"])[1]["routing"]
+    padding = sample["target"].t().reshape(-1) == 1  # Routings are time-major
+    functions = (reference.balance_loss, reference.z_loss, reference.entropy)
+    return [
+        sum(f(r.logits.double(), r.expert_index.tolist(), padding).item() for r in routings) / len(routings)
+        for f in functions
+    ]
+
+
+@pytest.mark.parametrize("balance_weight, z_weight", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_auxiliary_losses_are_trained_but_not_logged(balance_weight, z_weight, sentence_avg):
+    model, sample = tiny_model(), tiny_sample()
+    criterion = make_criterion(sentence_avg, moe_gate_loss_wt=balance_weight, moe_z_loss_wt=z_weight)
+    loss, sample_size, logged = criterion(model, sample)
+    assert sample_size == logged["sample_size"] == (2 if sentence_avg else 14)
+
+    log_probability = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+    target = sample["target"]
+    cross_entropy = -log_probability.gather(2, target[:, :, None])[target != 1].sum()
+    torch.testing.assert_close(logged["loss"], cross_entropy)
+    balance, z, _ = means(model, sample)
+    auxiliary = sample_size * (balance_weight * balance + z_weight * z)
+    assert (loss - logged["loss"]).item() == pytest.approx(auxiliary, rel=1e-4, abs=1e-4)
+
+    criterion.eval()
+    loss, _, logged = criterion(model, sample)
+    assert torch.equal(loss, logged["loss"])
+
+
+def reduced(outputs):
+    with metrics.aggregate(new_root=True) as aggregator:
+        MoECrossEntropyCriterion.reduce_metrics(outputs)
+    return aggregator.get_smoothed_values()
+
+
+def part(sample, rows):
+    net_input = {name: value[rows] for name, value in sample["net_input"].items()}
+    target = sample["target"][rows]
+    return {"net_input": net_input, "target": target, "ntokens": int((target != 1).sum()), "nsentences": len(target)}
+
+
+def test_two_halves_of_a_batch_log_what_the_whole_logs():
+    model, criterion, sample = tiny_model().eval(), make_criterion().eval(), tiny_sample((9, 5, 2, 7))
+    whole, *halves = (criterion(model, part(sample, rows))[2] for rows in (slice(None), slice(0, 2), slice(2, None)))
+    for name in (n for n in whole if n.startswith("moe_")):
+        torch.testing.assert_close(halves[0][name] + halves[1][name], whole[name])
+    metric, metric_of_halves = reduced([whole]), reduced(halves)
+    assert metric == pytest.approx(metric_of_halves, rel=1e-4, abs=2e-3)  # metrics are rounded
+    assert sum(name.startswith("moe_") for name in metric) == 6
+
+
+def test_metrics():
+    model, criterion, sample = tiny_model(moe_top_k=2).eval(), make_criterion().eval(), tiny_sample()
+    metric = reduced([criterion(model, sample)[2]])
+    balance, _, entropy = means(model, sample)
+    assert metric["moe_top_k"] == 2
+    assert metric["moe_balance_loss"] == pytest.approx(balance, abs=1e-3)
+    assert metric["moe_router_entropy"] == pytest.approx(entropy, abs=1e-3)
+    assert metric["moe_dropped"] == 0
+
+    padding = sample["target"].t().reshape(-1) == 1
+    loads = [
+        r.expert_index[~padding].flatten().bincount(minlength=4) for r in model(**sample["net_input"])[1]["routing"]
+    ]
+    assert metric["moe_load_imbalance"] == pytest.approx(sum(n.max() * 4 / 28 for n in loads).item() / 2, abs=0.01)
+    assert metric["moe_unused_experts"] == sum((n == 0).sum() for n in loads).item() / 2
+
+
+def test_dropped_share():
+    model, sample = tiny_model(moe_capacity_factor=0.5, moe_top_k=4), tiny_sample()
+    metric = reduced([make_criterion()(model, sample)[2]])
+    assert metric["moe_dropped"] == 0.5  # every expert is chosen 14 times and takes 7
+
+
+def test_layers_left_out_count_nowhere():
+    model, criterion, sample = tiny_model(decoder_layers=3, moe_layers="0,2"), make_criterion(), tiny_sample()
+    output = criterion(model, sample)[2]
+    extra = model(**sample["net_input"])
+    extra[1]["routing"][0] = None
+    partial = criterion(_Fixed(model, extra), sample)[2]
+    for name in (n for n in output if n.startswith("moe_")):
+        assert not partial[name][0].any()
+        torch.testing.assert_close(partial[name][1], output[name][1])
+    only_second = {n: v[1:] if n.startswith("moe_") else v for n, v in output.items()}
+    assert reduced([partial]) == pytest.approx(reduced([only_second]))
+
+
+class _Fixed(torch.nn.Module):
+    """A model that has already given its output."""
+
+    def __init__(self, model, output):
+        super().__init__()
+        self.decoder, self.output = model.decoder, output
+        self.get_targets, self.get_normalized_probs = model.get_targets, model.get_normalized_probs
+
+    def forward(self, **_):
+        return self.output
+
+
+def test_dense_models_log_no_routing():
+    output = make_criterion(moe_gate_loss_wt=1.0)(tiny_model(TransformerLanguageModel), tiny_sample())
+    assert torch.equal(output[0], output[2]["loss"])
+    assert not any(name.startswith("moe_") for name in reduced([output[2]]))
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_adaptive_softmax_is_that_of_the_stock_criterion(sentence_avg):
+    model, sample = tiny_model(**ADAPTIVE), tiny_sample()
+    target = sample["target"]
+    target[(target == 6 + 1) | (target == 11 + 1)] = 8  # the second symbol of a tail is padding to the stock criterion
+    loss, sample_size, logged = make_criterion(sentence_avg)(model, sample)
+    stock_loss, stock_size, stock_logged = AdaptiveLoss(tiny_task(), sentence_avg)(model, sample)
+    torch.testing.assert_close(loss, stock_loss.squeeze())
+    assert sample_size == stock_size
+    assert all(logged[name] == stock_logged[name] for name in stock_logged)
+
+
+def test_adaptive_softmax_loss_is_the_negative_log_probability_of_the_targets():
+    model, sample = tiny_model(**ADAPTIVE), tiny_sample()
+    target = sample["target"]
+    target[0, :2] = torch.tensor([6 + 1, 11 + 1])  # no loss for these in stock adaptive_loss
+    assert (target > 11).any() and (target < 6).any()
+    log_probability = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+    expected = -log_probability.gather(2, target[:, :, None])[target != 1].sum()
+    torch.testing.assert_close(make_criterion()(model, sample)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["moe_gate_loss_wt", "moe_z_loss_wt"])
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_errors(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: must be at least 0"):
+        make_criterion(**{name: value})

@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.experts import ExpertBank, SharedExperts
+from tests.reference import feed_forward
+
+SIZES = {"num_experts": 3, "embed_dim": 4, "ffn_embed_dim": 5}
+
+
+def bank(**options):
+    return ExpertBank(**{**SIZES, **options}).double()
+
+
+def run(experts, x, index, gate, kept=None):
+    """y and the gradients of x, gate and every weight, for a fixed gradient of y."""
+    x, gate = x.clone().requires_grad_(), gate.clone().requires_grad_()
+    y = experts(x, index, gate, kept)
+    inputs = {"x": x, "gate": gate, **dict(experts.named_parameters())}
+    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    return y, dict(zip(inputs, torch.autograd.grad((y * weight).sum(), list(inputs.values()))))
+
+
+class SlowBank(torch.nn.Module):
+    """One token and one expert at a time, with the weights of a bank."""
+
+    def __init__(self, experts):
+        super().__init__()
+        for name, weight in experts.named_parameters():
+            self.register_parameter(name, torch.nn.Parameter(weight.detach().clone()))
+
+    def forward(self, x, index, gate, kept):
+        y = torch.zeros_like(x) + 0 * (x.sum() + gate.sum() + sum(p.sum() for p in self.parameters()))
+        for t, (token, experts) in enumerate(zip(x, index.tolist())):
+            for k, expert in enumerate(experts):
+                if kept is None or kept[t, k]:
+                    out = feed_forward(token, *(p[expert] for p in self.parameters()))
+                    y = y.index_add(0, torch.tensor([t]), (gate[t, k] * out)[None])
+        return y
+
+
+INDEX = {
+    "mixed": torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0], [0, 2]]),
+    "expert 1 unused": torch.tensor([[0, 2], [2, 0], [0, 2]]),
+    "all on expert 2": torch.full((7, 1), 2),
+    "one token": torch.tensor([[1]]),
+    "no token": torch.empty(0, 2, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("index", INDEX.values(), ids=INDEX)
+@pytest.mark.parametrize("dropping", ["nothing", "some", "everything"])
+def test_reference_outputs_and_gradients(index, dropping):
+    experts = bank()
+    x = torch.randn(len(index), 4, dtype=torch.float64)
+    gate = torch.rand(index.shape, dtype=torch.float64)
+    places = torch.arange(index.numel()).view_as(index)
+    kept = {"nothing": None, "some": places % 3 != 1, "everything": places < 0}[dropping]
+    found, expected = (run(module, x, index, gate, kept) for module in (experts, SlowBank(experts)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_unused_experts_get_a_zero_gradient():
+    experts = bank()
+    experts(torch.randn(4, 4).double(), torch.full((4, 1), 2), torch.ones(4, 1)).sum().backward()
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad[:2].any() and parameter.grad[2].any(), name
+
+
+def test_gradcheck():
+    experts = bank(activation=torch.tanh)
+    names, weights = zip(*experts.named_parameters())
+    index, kept = INDEX["mixed"], torch.ones(5, 2, dtype=torch.bool)
+    kept[1, 0] = False
+
+    def forward(x, gate, *weights):
+        return torch.func.functional_call(experts, dict(zip(names, weights)), (x, index, gate, kept))
+
+    x, gate = torch.randn(5, 4).double().requires_grad_(), torch.rand(5, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(forward, (x, gate, *weights))
+
+
+def test_starts_as_linear_layers_do():
+    experts = ExpertBank(3, 100, 400)
+    for weight, bias in ((experts.weight1, experts.bias1), (experts.weight2, experts.bias2)):
+        bound = 1 / math.sqrt(weight.size(1))
+        for drawn in (*weight, *bias):
+            assert 0.9 * bound < drawn.abs().max() <= bound
+            assert drawn.mean().abs() < 0.25 * bound
+
+
+def test_every_expert_is_drawn_from_its_own_generator():
+    def draw(seeds):
+        experts = ExpertBank(**{**SIZES, "num_experts": len(seeds)})
+        experts.reset_parameters([torch.Generator().manual_seed(seed) for seed in seeds])
+        return experts
+
+    one, other = draw([1, 2, 3]), draw([4, 2])
+    for name, weight in one.named_parameters():
+        assert torch.equal(weight[1], other.get_parameter(name)[1])
+        assert not torch.equal(weight[0], other.get_parameter(name)[0])
+
+
+def test_dropout_in_training_only():
+    experts = bank(dropout=0.5)
+    arguments = torch.randn(20, 4).double(), torch.zeros(20, 1, dtype=torch.long), torch.ones(20, 1)
+    assert not torch.equal(experts(*arguments), experts(*arguments))
+    experts.eval()
+    assert torch.equal(experts(*arguments), experts(*arguments))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_errors(name):
+    with pytest.raises(UserError, match=f"{name} 0: must be at least 1"):
+        bank(**{name: 0})
+
+
+def test_shared_experts_are_a_sum_of_feed_forwards():
+    shared = SharedExperts(3, 4, 5, activation=F.gelu).double()
+    x = torch.randn(6, 4).double()
+    fc1, fc2, bias1 = shared.fc1.weight.split(5), shared.fc2.weight.split(5, dim=1), shared.fc1.bias.split(5)
+    y = sum(F.gelu(x @ w1.t() + b1) @ w2.t() for w1, b1, w2 in zip(fc1, bias1, fc2)) + shared.fc2.bias
+    torch.testing.assert_close(shared(x), y)
+
+
+def test_shared_experts_dropout_in_training_only():
+    shared, x = SharedExperts(2, 4, 50, dropout=0.5), torch.randn(6, 4)
+    assert not torch.equal(shared(x), shared(x))
+    shared.eval()
+    assert torch.equal(shared(x), shared(x))

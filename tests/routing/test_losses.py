@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+
+from fairseq_hyperrouter import Routing
+from fairseq_hyperrouter.routing import losses
+from tests import reference
+
+
+def random_routing(num_tokens=7, num_experts=5, top_k=2, padding=None):
+    logits = torch.randn(num_tokens, num_experts, dtype=torch.float64, requires_grad=True)
+    gate, index = logits.topk(top_k)
+    mask = None if padding is None else ~padding
+    return Routing(logits, index, gate.softmax(-1), mask, None if mask is None else mask[:, None].expand_as(index))
+
+
+PADDING = torch.tensor([False, True, False, False, True, True, False])
+MEANS = {
+    losses.balance_loss: reference.balance_loss,
+    losses.z_loss: reference.z_loss,
+    lambda routing: losses.entropy_sum(routing) / losses.num_tokens(routing): reference.entropy,
+}
+
+
+@pytest.mark.parametrize("ours, expected", MEANS.items(), ids=["balance", "z", "entropy"])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
+def test_reference_values_and_gradients(ours, expected, padding):
+    routing = random_routing(padding=padding)
+    found = ours(routing)
+    wanted = expected(routing.logits, routing.expert_index.tolist(), padding)
+    torch.testing.assert_close(found, wanted.squeeze(), rtol=1e-6, atol=1e-6)  # counts are float32
+    gradients = [torch.autograd.grad(value, routing.logits)[0] for value in (found, wanted.squeeze())]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_balance_loss_is_one_when_even_and_e_at_one_expert(top_k):
+    num_experts = 4
+    index = torch.stack([(torch.arange(top_k) + t) % num_experts for t in range(8)])
+    even = Routing(torch.zeros(8, num_experts), index, torch.ones(8, top_k))
+    assert losses.balance_loss(even).item() == pytest.approx(1.0)
+    one = Routing(torch.tensor([[100.0, 0, 0, 0]]).expand(8, -1), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1))
+    assert losses.balance_loss(one).item() == pytest.approx(num_experts)
+
+
+def test_gradient_flows_only_through_the_probabilities():
+    load = losses.expert_load(random_routing())
+    assert not load.requires_grad
+    routing = random_routing()
+    losses.balance_loss(routing).backward()
+    assert routing.logits.grad.any()
+
+
+def test_expert_load_counts_choices():
+    routing = Routing(torch.zeros(3, 4), torch.tensor([[0, 1], [1, 3], [3, 1]]), torch.ones(3, 2))
+    assert losses.expert_load(routing).tolist() == [1, 3, 0, 2]
+    masked = routing._replace(token_mask=torch.tensor([True, False, True]))
+    assert losses.expert_load(masked).tolist() == [1, 2, 0, 1]
+
+
+def test_entropy_of_an_undecided_router():
+    routing = Routing(torch.zeros(3, 8), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
+    assert losses.entropy_sum(routing).item() == pytest.approx(3 * math.log(8))
+
+
+ALL = [
+    losses.num_tokens,
+    losses.expert_load,
+    losses.probability_sum,
+    losses.balance_loss,
+    losses.z_sum,
+    losses.z_loss,
+    losses.entropy_sum,
+    losses.dropped_sum,
+]
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+def test_padding_counts_nowhere(loss):
+    """Whatever stands in padded rows, NaN too, values and gradients are those of the rows that count."""
+    routing = random_routing(padding=PADDING)
+    counts = Routing(*(field[~PADDING].detach() for field in routing))
+    logits = routing.logits.detach().masked_fill(PADDING[:, None], math.nan).requires_grad_()
+    found, expected = (
+        loss(routing._replace(logits=logits)),
+        loss(counts._replace(logits=counts.logits.requires_grad_())),
+    )
+    torch.testing.assert_close(found, expected)
+    if found.requires_grad:
+        gradient = torch.autograd.grad(found.sum(), logits)[0]
+        torch.testing.assert_close(gradient[~PADDING], torch.autograd.grad(expected.sum(), counts.logits)[0])
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("padding", [None, torch.ones(3, dtype=torch.bool)], ids=["no rows", "only padding"])
+def test_no_tokens(loss, padding):
+    routing = random_routing(0 if padding is None else 3, padding=padding)
+    assert not loss(routing).any()
+
+
+def test_dropped_sum_counts_tokens_that_count():
+    routing = random_routing(3, padding=torch.tensor([False, False, True]))
+    kept = torch.tensor([[True, False], [False, False], [False, False]])
+    assert losses.dropped_sum(routing._replace(kept=kept)).item() == 3
+
+
+def test_sums_of_two_halves_are_those_of_the_whole():
+    routing = random_routing(padding=PADDING)
+    halves = [Routing(*(field[rows] for field in routing)) for rows in (slice(0, 3), slice(3, None))]
+    for name in ("num_tokens", "expert_load", "probability_sum", "z_sum", "entropy_sum", "dropped_sum"):
+        total = getattr(losses, name)
+        torch.testing.assert_close(sum(total(half) for half in halves), total(routing))

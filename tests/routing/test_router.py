@@ -1,0 +1,119 @@
+"""What every router does alike: selection, gates, precision, padding, gradients, errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_hyperrouter import LinearRouter, Router, RoutingContext, UserError, register_router
+from fairseq_hyperrouter.routing import ROUTERS
+from tests import reference
+
+EVERY_ROUTER = pytest.mark.parametrize("name", sorted(ROUTERS))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), num_experts=st.integers(1, 20), num_tokens=st.integers(0, 12), scale=st.sampled_from([1, 1e3]))
+def test_gates_and_selection(data, num_experts, num_tokens, scale):
+    top_k = data.draw(st.integers(1, num_experts))
+    name = data.draw(st.sampled_from(sorted(ROUTERS)))
+    selected, everything = (ROUTERS[name](5, num_experts, gate_softmax=g) for g in ("selected", "all"))
+    everything.load_state_dict(selected.state_dict())
+    x = torch.randn(num_tokens, 5) * scale
+
+    routing = selected(x, RoutingContext(top_k))
+    assert routing.logits.shape == (num_tokens, num_experts)
+    assert routing.expert_index.shape == routing.gate.shape == (num_tokens, top_k)
+    assert routing.token_mask is None and routing.kept is None
+    torch.testing.assert_close(routing.gate.sum(-1), torch.ones(num_tokens))
+    largest_first = routing.logits.sort(dim=-1, descending=True).values[:, :top_k]
+    assert torch.equal(routing.logits.gather(1, routing.expert_index), largest_first)
+
+    of_all = everything(x, RoutingContext(top_k))
+    assert torch.equal(of_all.expert_index, routing.expert_index)
+    torch.testing.assert_close(of_all.gate, of_all.logits.softmax(-1).gather(1, of_all.expert_index))
+
+
+@EVERY_ROUTER
+@pytest.mark.parametrize("gate_softmax", ["selected", "all"])
+def test_reference(name, gate_softmax):
+    router = ROUTERS[name](7, 6, gate_softmax=gate_softmax).double()
+    state = {f"router.{key}": value for key, value in router.state_dict().items()}
+    x = torch.randn(9, 7, dtype=torch.float64)
+    routing = router(x, RoutingContext(3))
+    weight, bias = reference.ROUTER_WEIGHTS[name](state, 6)
+    torch.testing.assert_close(routing.logits, x @ weight.t() + bias)
+    for z, index, gate in zip(*routing[:3]):
+        chosen, gates = reference.select(z, 3, gate_softmax)
+        assert index.tolist() == chosen
+        torch.testing.assert_close(gate, torch.stack(gates))
+
+
+@EVERY_ROUTER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.half])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_and_gates_are_float32(name, dtype, autocast):
+    router = ROUTERS[name](8, 4).to(dtype)
+    x = torch.randn(5, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        routing = router(x, RoutingContext(2))
+    assert routing.logits.dtype == routing.gate.dtype == torch.float32
+    exact = router.double()(x.double(), RoutingContext(2)).logits
+    torch.testing.assert_close(routing.logits.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@EVERY_ROUTER
+def test_padding_is_not_kept(name):
+    padding = torch.tensor([False, True, False, True, True])
+    routing = ROUTERS[name](8, 4)(torch.randn(5, 8), RoutingContext(3, padding))
+    assert torch.equal(routing.token_mask, ~padding)
+    assert torch.equal(routing.kept, ~padding[:, None].expand(5, 3))
+
+
+@pytest.mark.parametrize("name", ["smoe", "hyperrouter"])
+@pytest.mark.parametrize("gate_softmax, has_gradient", [("selected", False), ("all", True)])
+def test_gradient_at_one_expert_per_token(name, gate_softmax, has_gradient):
+    router = ROUTERS[name](8, 4, gate_softmax=gate_softmax)
+    router(torch.randn(20, 8), RoutingContext(1)).gate.square().sum().backward()
+    for parameter in router.parameters():
+        assert bool(parameter.grad.any()) == has_gradient
+
+
+@EVERY_ROUTER
+def test_drawn_from_its_generator_only(name):
+    def weights(seed):
+        router = ROUTERS[name](8, 4)
+        router.reset_parameters(torch.Generator().manual_seed(seed))
+        return torch.cat([value.flatten() for value in router.state_dict().values()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@EVERY_ROUTER
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 4), (8, 1)])
+def test_smallest_sizes(name, sizes):
+    routing = ROUTERS[name](*sizes)(torch.randn(3, sizes[0]), RoutingContext(1))
+    assert torch.equal(routing.gate, torch.ones(3, 1))
+
+
+@EVERY_ROUTER
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"embed_dim": 0, "num_experts": 4}, r"embed_dim 0: must be at least 1"),
+        ({"embed_dim": 4, "num_experts": -1}, r"num_experts -1: must be at least 1"),
+        ({"embed_dim": 4, "num_experts": 4, "gate_softmax": "some"}, r"gate_softmax 'some': choose from selected, all"),
+    ],
+)
+def test_errors(name, arguments, message):
+    with pytest.raises(UserError, match=message):
+        ROUTERS[name](**arguments)
+    assert issubclass(UserError, ValueError)
+
+
+def test_register_router():
+    assert register_router("smoe")(LinearRouter) is LinearRouter  # the same class again is no mistake
+    with pytest.raises(ValueError, match="'smoe' is already registered, as LinearRouter"):
+        register_router("smoe")(type("Other", (Router,), {}))
+    assert ROUTERS["smoe"] is LinearRouter
