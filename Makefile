@@ -18,7 +18,7 @@ install: $(VENV)/installed
 # fairseq-fixed compiles extensions against PyTorch. Build isolation would download a second PyTorch for that, and
 # optimising them takes minutes: those that training uses are small, -O1 serves them. Stock fairseq, on Python 3.10,
 # is the other way round: its source package can be built only where there is no PyTorch.
-ISOLATION = $(shell $(BIN)/python -c 'import sys; print("--no-build-isolation" * (sys.version_info >= (3, 11)))')
+ISOLATION = $(shell $(PYTHON) -c 'import sys; print("--no-build-isolation" * (sys.version_info >= (3, 11)))')
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
