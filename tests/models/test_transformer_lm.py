@@ -171,7 +171,8 @@ def test_no_two_layers_or_experts_start_alike():
 
 def test_whole_model_is_reproducible():
     one, same = (tiny_model(rng_seed=5).state_dict() for _ in range(2))
-    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    drawn = [name for name in one if not name.endswith("_float_tensor")]  # stock fairseq 0.12.2 never sets it
+    assert all(torch.equal(one[name], same[name]) for name in drawn)
 
 
 @pytest.mark.parametrize("shared", [False, True])
