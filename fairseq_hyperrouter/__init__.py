@@ -10,7 +10,7 @@ with warnings.catch_warnings():  # fairscale, which fairseq imports, uses names 
     warnings.simplefilter("ignore", FutureWarning)
     import fairseq  # noqa: F401
 
-from .compat import allow_fairseq_checkpoints
+from .compat import allow_fairseq_checkpoints, numpy_compat
 from .config import MoEConfig
 from .criterions import MoECrossEntropyCriterion
 from .errors import UserError, one_line_errors, running_command
@@ -48,5 +48,6 @@ __all__ = [
 ]
 
 allow_fairseq_checkpoints()
+numpy_compat()
 if running_command():  # not in somebody's own program
     one_line_errors()

@@ -31,6 +31,8 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     elif not path.exists() and checkpoint_cfg.finetune_from_model:
         path = Path(checkpoint_cfg.finetune_from_model)
     if not path.exists():
+        if path.name != "checkpoint_last.pt":
+            raise UserError(f"checkpoint {path}: no such file")
         return None
     if not zipfile.is_zipfile(path):
         _replace_truncated(path)
@@ -51,10 +53,12 @@ def _replace_truncated(path: Path) -> None:
 def check_same_model(path: Path, model_cfg: Any) -> None:
     """Raise a UserError, which names both values, when the checkpoint is of another model than *model_cfg* says."""
     saved = read_model_cfg(path)
-    if "moe_router" not in saved:
-        raise UserError(
-            f"--arch {model_cfg._name}: checkpoint {path} is of {saved.get('_name', 'another architecture')}"
-        )
+    sparse = hasattr(model_cfg, "moe_router")
+    if sparse != ("moe_router" in saved):
+        arch = saved.get("_name", "another architecture")
+        raise UserError(f"--arch {model_cfg._name}: checkpoint {path} is of --arch {arch}")
+    if not sparse:
+        return
     found = _shape(argparse.Namespace(**saved))
     for option, value in _shape(model_cfg).items():
         if value != found.get(option):
@@ -77,6 +81,8 @@ def _shape(cfg: Any) -> Dict[str, Any]:
     shape = {
         "--decoder-embed-dim": cfg.decoder_embed_dim,
         "--decoder-layers": cfg.decoder_layers,
+        "--decoder-attention-heads": cfg.decoder_attention_heads,
+        "--share-decoder-input-output-embed": cfg.share_decoder_input_output_embed,
         "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
         "--moe-router": moe.moe_router,
         "--moe-expert-count": moe.moe_expert_count,

@@ -3,9 +3,11 @@
 import argparse
 import collections
 import importlib.util
+import types
 import typing
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -37,6 +39,15 @@ def allow_fairseq_checkpoints() -> None:
             int,
         ]
     )
+
+
+def numpy_compat() -> None:
+    """Give numpy 2 the one name of numpy 1 that fairseq asks for, ``numpy.compat.long``, in its sentence-wise batches.
+
+    Python 3.13 has no numpy 1. Without it ``fairseq-interactive`` and ``--sample-break-mode eos`` stop.
+    """
+    if not hasattr(numpy, "compat"):
+        numpy.compat = types.SimpleNamespace(long=int)
 
 
 def bf16_without_tpu(section: Any) -> None:

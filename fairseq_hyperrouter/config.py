@@ -60,8 +60,9 @@ class MoEConfig(FairseqDataclass):
             "constant, linear, cosine, exponential, steps (doubling or halving), elastic (drawn at random)"
         },
     )
-    moe_top_k_start: int = field(
-        default=1, metadata={"help": "experts per token at the first update; may be above --moe-top-k, then it falls"}
+    moe_top_k_start: Optional[int] = field(
+        default=None,
+        metadata={"help": "experts per token at the first update; above --moe-top-k, it falls (default: 1)"},
     )
     moe_top_k_schedule_updates: int = field(
         default=II("optimization.max_update"),
@@ -132,7 +133,16 @@ class MoEConfig(FairseqDataclass):
             if value is not None and not value > 0:
                 raise UserError(f"{_option(name)} {value}: must be greater than 0")
         parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
-        parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
+        if self.moe_top_k_start is not None:
+            parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
+            if self.moe_top_k_schedule in ("constant", "elastic"):
+                raise UserError(
+                    f"--moe-top-k-start {self.moe_top_k_start}: not with a {self.moe_top_k_schedule} schedule"
+                )
+        if self.moe_top_k_choices is not None and self.moe_top_k_schedule != "elastic":
+            raise UserError(f"--moe-top-k-choices {self.moe_top_k_choices}: only with --moe-top-k-schedule elastic")
+        if self.moe_layers is not None and self.moe_freq != 1:
+            raise UserError(f"--moe-freq {self.moe_freq}: not together with --moe-layers {self.moe_layers}")
         _ = self.eval_top_k, self.schedule  # parsing checks them
         for layer in self.layer_numbers(num_layers):
             if not 0 <= layer < num_layers:
@@ -151,7 +161,7 @@ class MoEConfig(FairseqDataclass):
         return TopKSchedule(
             self.moe_top_k_schedule,
             end=self.moe_top_k,
-            start=self.moe_top_k_start,
+            start=self.moe_top_k_start or 1,
             updates=_resolved(self.moe_top_k_schedule_updates, 0),
             choices=None if choices is None else parse_ints("--moe-top-k-choices", choices),
             per=self.moe_elastic_per,

@@ -5,28 +5,42 @@ wrong type, a truncated checkpoint or data file) is recognised here and said in 
 is a bug, and keeps its traceback.
 """
 
+import ast
 import os
+import pickle
+import re
 import sys
 import traceback
+import zipfile
 from types import TracebackType
-from typing import Any, Iterator, Optional, Type
+from typing import Any, Iterator, List, Optional, Type
 
 
 class UserError(ValueError):
     """A mistake in an option, a file or a call; the message names it, its value and what is allowed."""
 
 
+class WrongCheckpoint(UserError):
+    """The tensors of a checkpoint do not fit the model; who catches it may know the file."""
+
+
 def explain(error: BaseException) -> Optional[str]:
     """The user's mistake behind *error* in one line; None when it is not one."""
     chain = list(_chain(error))
-    for link in chain:  # the innermost UserError wins: stock fairseq wraps some in a vaguer one
+    for link in chain:  # stock fairseq wraps some of ours in a vaguer one
+        if isinstance(link, WrongCheckpoint):
+            return f"checkpoint {_local(link, 'filename', '')} {link}"
         if isinstance(link, UserError):
             return str(link)
+        if type(link).__name__ == "ProcessRaisedException":  # of a worker that fairseq spawned: only text is left
+            found = re.findall(r"^fairseq_hyperrouter\.errors\.\w+: (.*)$", str(link), flags=re.MULTILINE)
+            if found:
+                return found[-1]
     for link in chain:
         message = _explain_stock(link)
         if message is not None:
             return " ".join(message.split())
-    return None
+    return _explain_overrides(sys.argv)
 
 
 def running_command() -> str:
@@ -56,14 +70,14 @@ def one_line_errors() -> None:
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _explain_stock(error: BaseException) -> Optional[str]:
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ValidationError
 
     text = str(error)
-    if isinstance(error, OmegaConfBaseException):
+    if isinstance(error, ValidationError):
         option = str(error.full_key or "").rpartition(".")[2].replace("_", "-")
         return f"--{option}: {text.splitlines()[0]}"
     if isinstance(error, OSError) and text.startswith("Model file not found"):
@@ -74,11 +88,39 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         hint = "; DATA must be a folder made by fairseq-preprocess" if str(error.filename).endswith("dict.txt") else ""
         return f"no such file: {error.filename}{hint}"
     where = "".join(traceback.format_tb(error.__traceback__)) + text
-    if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError, OSError)):
+    if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError)):
         return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
-    if "load_checkpoint_to_cpu" in where and type(error).__module__ in ("builtins", "_pickle", "pickle", "zipfile"):
-        return f"cannot read checkpoint {_local(error, 'local_path', '')}: truncated, or not a checkpoint"
+    if "load_checkpoint_to_cpu" in where:
+        path = _local(error, "local_path", "")
+        if not _is_checkpoint(path):
+            return f"cannot read checkpoint {path}: truncated, or not a checkpoint"
     return None
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether *path* is a whole file, and of the kind that fairseq's trainer writes."""
+    if not zipfile.is_zipfile(path):
+        return False
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        return True  # it holds types that are not read: not for us to say
+    return isinstance(state, dict) and "model" in state
+
+
+def _explain_overrides(arguments: List[str]) -> Optional[str]:
+    """Stock fairseq calls eval on --model-overrides, which then fails in many ways."""
+    if "--model-overrides" not in arguments[:-1]:
+        return None
+    overrides = arguments[arguments.index("--model-overrides") + 1]
+    try:
+        if isinstance(ast.literal_eval(overrides), dict):
+            return None
+    except (ValueError, SyntaxError):
+        pass
+    return f"--model-overrides {overrides}: must be a dict in Python's notation, as in \"{{'moe_eval_top_k': 1}}\""
 
 
 def _local(error: BaseException, variable: str, default: str) -> Any:

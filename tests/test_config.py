@@ -21,7 +21,13 @@ BAD = [
     ({"moe_top_k_schedule": "up"}, r"--moe-top-k-schedule 'up': choose from constant, linear"),
     ({"moe_top_k_schedule": "linear"}, r"--moe-top-k-schedule linear: .*--moe-top-k-schedule-updates to at least 1"),
     ({"moe_top_k_schedule": "elastic", "moe_top_k_choices": "1,3"}, r"--moe-top-k-choices 1,3: .* 1 and --moe-top-k"),
-    ({"moe_top_k_choices": "few"}, r"--moe-top-k-choices 'few': must be integers separated by commas"),
+    (
+        {"moe_top_k_choices": "few", "moe_top_k_schedule": "elastic"},
+        r"--moe-top-k-choices 'few': must be integers separated by commas",
+    ),
+    ({"moe_top_k_choices": "1,2"}, r"--moe-top-k-choices 1,2: only with --moe-top-k-schedule elastic"),
+    ({"moe_top_k_start": 2}, r"--moe-top-k-start 2: not with a constant schedule"),
+    ({"moe_layers": "1", "moe_freq": 2}, r"--moe-freq 2: not together with --moe-layers 1"),
     (
         {"moe_elastic_per": "day", "moe_top_k_schedule": "elastic"},
         r"--moe-elastic-per 'day': choose from update, layer",
@@ -56,7 +62,6 @@ def test_defaults_are_allowed():
         ({"moe_freq": 6}, {5}),
         ({"moe_layers": "0,1,2"}, {0, 1, 2}),
         ({"moe_layers": " 4, 0,4"}, {0, 4}),
-        ({"moe_layers": "5", "moe_freq": 2}, {5}),
     ],
 )
 def test_layer_numbers(options, layers):

@@ -56,6 +56,10 @@ def sweep(
         if sparse:
             model.decoder.check_top_k("--top-k", top_k)
         context = task.args.tokens_per_sample
+        if context > model.max_positions():
+            raise UserError(f"--tokens-per-sample {context}: {path} takes at most {model.max_positions()}")
+        if not 0 <= context_window < context:
+            raise UserError(f"--context-window {context_window}: must be below the tokens per sample ({context})")
         task.args.tokens_per_sample -= context_window  # as fairseq-eval-lm does
         task.load_dataset(split)
         for k in top_k if sparse else [None]:

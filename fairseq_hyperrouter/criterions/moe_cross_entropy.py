@@ -46,7 +46,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
-            **routing_sums(routings),
+            **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
         auxiliary = auxiliary_loss(routings, self.cfg) if self.training and reduce else None
         if auxiliary is not None:

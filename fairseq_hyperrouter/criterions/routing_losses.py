@@ -47,19 +47,20 @@ def auxiliary_loss(routings: Routings, cfg: RoutingLossConfig) -> Optional[Tenso
 
 
 @torch.no_grad()
-def routing_sums(routings: Routings) -> Dict[str, Tensor]:
-    """Sums over tokens, one row per MoE layer (zero for one that LayerDrop left out), to be added over workers.
+def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> Dict[str, Tensor]:
+    """Sums over tokens, one row per MoE layer, to be added over micro-batches and workers.
 
-    Empty when no layer ran.
+    A layer that LayerDrop left out has a row of zeros: workers add up tensors of the same shapes only.
     """
-    example = next((routing for routing in routings if routing is not None), None)
-    if example is None:
-        return {}
-    rows: Dict[str, List[Tensor]] = {name: [] for name in _SUMS}
-    for routing in routings:
-        for name, total in _SUMS.items():
-            rows[name].append(total(example) * 0 if routing is None else total(routing))
-    return {name: torch.stack(values) for name, values in rows.items()}
+    nothing = Routing(
+        torch.zeros(0, num_experts, device=device),
+        torch.zeros(0, 1, dtype=torch.long, device=device),
+        torch.zeros(0, 1, device=device),
+    )
+    return {
+        name: torch.stack([total(nothing if routing is None else routing) for routing in routings])
+        for name, total in _SUMS.items()
+    }
 
 
 _SUMS = {

@@ -24,6 +24,11 @@ class SharedExperts(nn.Module):
         self.fc1 = nn.Linear(embed_dim, num_experts * ffn_embed_dim)
         self.fc2 = nn.Linear(num_experts * ffn_embed_dim, embed_dim)
 
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, from the global generator."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         return self.fc2(self.dropout(self.activation(self.fc1(x))))

@@ -43,7 +43,8 @@ class MoEDecoder(TransformerDecoderBase):
     ) -> None:
         moe.check(cfg.decoder.layers)
         scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
-        for option, value in (("--scale-fc", scale_fc), ("--quant-noise-pq", cfg.quant_noise.pq)):
+        noise = (("--quant-noise-pq", cfg.quant_noise.pq), ("--quant-noise-scalar", cfg.quant_noise.scalar))
+        for option, value in (("--scale-fc", scale_fc), *noise):
             if value:
                 raise UserError(f"{option} {value}: does not reach inside experts, leave it out")
         # nn.Module's constructor has not run yet: plain attributes only.
@@ -172,24 +173,31 @@ class MoEDecoder(TransformerDecoderBase):
 def build_moe_layer(moe: MoEConfig, cfg: TransformerConfig, number: int, lower: List[Any]) -> MoELayer:
     """The MoE layer of decoder layer *number*; *lower* are the routers of the MoE layers below it.
 
-    Every router and every expert is drawn from a generator of its own, seeded by seed, layer and expert: the
-    same on every worker, and whatever else the model holds.
+    The router, every expert and the shared experts are drawn from generators of their own, seeded by seed, layer
+    and expert: the same on every worker, and whatever else the model holds. The global generator is left as it
+    was, so two models that differ in their routers alone are alike in all the rest.
     """
-    layer = MoELayer(
-        ROUTERS[moe.moe_router].from_config(moe, cfg.decoder.embed_dim, lower),
-        moe.moe_ffn_embed_dim or cfg.decoder.ffn_embed_dim,
-        top_k=moe.moe_top_k,
-        activation=utils.get_activation_fn(cfg.activation_fn),
-        activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
-        capacity_factor=moe.moe_capacity_factor,
-        shared_experts=moe.moe_shared_experts,
-    )
 
-    def generator(place: int) -> torch.Generator:
-        return torch.Generator().manual_seed((moe.init_seed * 1_000 + number) * 100_000 + place)
+    def place(index: int) -> int:
+        return (moe.init_seed * 1_000 + number) * 100_000 + index
 
-    layer.router.reset_parameters(generator(0))
-    layer.experts.reset_parameters([generator(1 + expert) for expert in range(moe.moe_expert_count)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place(0))
+        layer = MoELayer(
+            ROUTERS[moe.moe_router].from_config(moe, cfg.decoder.embed_dim, lower),
+            moe.moe_ffn_embed_dim or cfg.decoder.ffn_embed_dim,
+            top_k=moe.moe_top_k,
+            activation=utils.get_activation_fn(cfg.activation_fn),
+            activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
+            capacity_factor=moe.moe_capacity_factor,
+            shared_experts=moe.moe_shared_experts,
+        )
+        torch.manual_seed(place(1))
+        if layer.shared_experts is not None:
+            layer.shared_experts.reset_parameters()
+    layer.router.reset_parameters(torch.Generator().manual_seed(place(2)))
+    experts = range(moe.moe_expert_count)
+    layer.experts.reset_parameters([torch.Generator().manual_seed(place(3 + expert)) for expert in experts])
     return layer
 
 

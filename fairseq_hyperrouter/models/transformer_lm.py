@@ -15,7 +15,7 @@ from fairseq.models.transformer_lm import (
 from fairseq.utils import safe_getattr
 
 from fairseq_hyperrouter.config import MoEConfig
-from fairseq_hyperrouter.errors import UserError, running_command
+from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
 
 from .moe_decoder import MoEDecoder
 
@@ -64,11 +64,12 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading"):
+                raise
             _, *problems = str(error).splitlines()
             hint = "; is DATA the folder it was trained on?" if "embed_tokens" in str(error) else ""
-            raise UserError(
-                f"the checkpoint is of another model, {len(problems)} tensors differ: {problems[0].strip()}{hint}"
-            ) from None
+            problem = f"is of another model, {len(problems)} tensors differ: {problems[0].strip()}{hint}"
+            raise WrongCheckpoint(problem) from None
 
     def prepare_for_inference_(self, cfg: Any) -> None:
         """Stock, and a word on samples that fairseq-eval-lm would skip, to print a perplexity of 1 for no token."""

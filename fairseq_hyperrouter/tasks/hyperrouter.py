@@ -19,6 +19,8 @@ from fairseq_hyperrouter.errors import UserError
 from .data_folder import check_dictionary, check_split
 from .token_length import TOKEN_UNITS, characters_per_token
 
+_METRICS = ("loss", "nll_loss", "ppl", "bpc")
+
 
 @dataclass
 class HyperRouterTaskConfig(LanguageModelingConfig):
@@ -74,9 +76,10 @@ class HyperRouterTask(LanguageModelingTask):
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
         if cfg is not None and not from_checkpoint:
             self._check_best_metric(cfg.checkpoint.best_checkpoint_metric)
-            restored = restored_checkpoint(cfg.checkpoint)
-            if restored is not None and hasattr(args, "moe_router"):
-                check_same_model(restored, args)
+            if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads
+                restored = restored_checkpoint(cfg.checkpoint)
+                if restored is not None:
+                    check_same_model(restored, args)
         model = super().build_model(args, from_checkpoint)
         if self.valid_top_k and not hasattr(model, "at_top_k"):
             raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
@@ -84,14 +87,26 @@ class HyperRouterTask(LanguageModelingTask):
             model.decoder.check_top_k("--valid-top-k", self.valid_top_k)
         return model
 
+    def can_reuse_epoch_itr(self, dataset: Any) -> bool:
+        """No: stock fairseq makes an epoch's batches from seed and epoch, but keeps those of its first epoch for all.
+
+        A training resumed in a later epoch would then see other batches than one that was not interrupted.
+        """
+        return False
+
     def _check_best_metric(self, name: str) -> None:
         match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
         if match and int(match[2]) not in self.valid_top_k:
             raise UserError(f"--best-checkpoint-metric {name}: --valid-top-k must list {match[2]}")
+        if not match and name not in _METRICS:
+            raise UserError(
+                f"--best-checkpoint-metric {name}: choose from {', '.join(_METRICS)}, or one of --valid-top-k"
+            )
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         paths = utils.split_paths(self.args.data)
-        check_split(os.path.join(paths[(epoch - 1) % len(paths)], split))
+        if self.args.dataset_impl in (None, "mmap"):
+            check_split(os.path.join(paths[(epoch - 1) % len(paths)], split))
         return super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
 
     def train_step(self, sample: Dict[str, Any], *args: Any, **kwargs: Any) -> Tuple[Any, Any, Dict[str, Any]]:
@@ -105,7 +120,7 @@ class HyperRouterTask(LanguageModelingTask):
         for top_k in self.valid_top_k:
             with model.at_top_k(top_k):
                 _, _, output = super().valid_step(sample, model, criterion)
-            logging_output[f"loss_k{top_k}"] = output["loss"]
+            logging_output[f"loss_k{top_k}"] = output.get("nll_loss", output["loss"])
         return loss, sample_size, logging_output
 
     def _count_characters(self, sample: Dict[str, Any]) -> Any:
@@ -120,7 +135,8 @@ class HyperRouterTask(LanguageModelingTask):
         for suffix in ("", *(f"_k{top_k}" for top_k in self.valid_top_k)):
             if not all(f"loss{suffix}" in output for output in logging_outputs):
                 continue  # training computes no loss_k*
-            bits = sum(output[f"loss{suffix}"] for output in logging_outputs) / math.log(2)
+            name = "nll_loss" if not suffix and "nll_loss" in logging_outputs[0] else f"loss{suffix}"
+            bits = sum(output[name] for output in logging_outputs) / math.log(2)
             if characters > 0:
                 metrics.log_scalar(f"bpc{suffix}", bits / characters, characters, priority=40, round=4)
             if suffix:

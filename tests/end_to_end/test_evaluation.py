@@ -1,0 +1,115 @@
+"""Evaluation at any number of experts: fairseq-eval-lm, the sweep command, and the equations agree."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from fairseq import tasks, utils
+from omegaconf import OmegaConf
+
+from fairseq_hyperrouter import Routing
+from tests import reference
+from tests.commands import EXPERTS, REPO, USER_DIR, load, run, run_python, sweep
+
+TRAINED_K = 2  # --moe-top-k's default, which the fixture's trainings keep
+AT_SEVERAL_K = [("hyperrouter", None), ("hyperrouter", 1), ("hyperrouter", 5), ("smoe", EXPERTS), ("smoe-dropout", 1)]
+
+
+def slow_loss(checkpoint, router, top_k):
+    """The loss on the test split in bits, every MoE layer computed token by token and expert by expert."""
+    state = load(checkpoint)
+    cfg = OmegaConf.create(state["cfg"])
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model, from_checkpoint=True).eval()
+    model.load_state_dict(state["model"])
+    for number, layer in enumerate(model.decoder.layers):
+        prefix = f"decoder.layers.{number}.moe."
+        own = {n.removeprefix(prefix): t.double() for n, t in state["model"].items() if n.startswith(prefix)}
+
+        def forward(x, *, own=own, padding_mask=None, **_):
+            mask = None if padding_mask is None else padding_mask.reshape(-1)
+            found = reference.moe_layer(
+                own, x.reshape(-1, x.size(-1)).double(), router=router, top_k=top_k, padding=mask
+            )
+            return found.y.view_as(x).to(x), Routing(found.logits, torch.tensor(found.chosen), torch.ones(1))
+
+        layer.moe.forward = forward
+
+    task.load_dataset("test")
+    dataset = task.dataset("test")
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for index in range(len(dataset)):
+            sample = dataset.collater([dataset[index]])
+            log_probability = utils.log_softmax(model(**sample["net_input"])[0].double(), dim=-1)
+            total -= log_probability.gather(-1, sample["target"].unsqueeze(-1)).sum().item()
+            tokens += sample["target"].numel()
+    return total / tokens / math.log(2)
+
+
+@pytest.mark.parametrize(("router", "top_k"), AT_SEVERAL_K)
+def test_eval_lm_computes_the_equations(trained, evaluated, router, top_k):
+    folder, _ = trained(router)
+    found = evaluated(router, top_k)
+    in_force = TRAINED_K if top_k is None else top_k
+    expected = slow_loss(folder / "checkpoint_last.pt", router, in_force)
+    assert found["loss"] == pytest.approx(expected, abs=1e-4)
+    assert f"at inference {in_force} of {EXPERTS}" in found["log"]
+
+
+def test_k_changes_the_loss(evaluated):
+    assert len({evaluated("hyperrouter", top_k)["loss"] for top_k in (None, 1, 5)}) == 3
+
+
+def test_sweep_prints_what_eval_lm_prints(tmp_path, data, trained, evaluated):
+    checkpoints = [trained(name)[0] / "checkpoint_last.pt" for name in ("hyperrouter", "smoe", "dense")]
+    result = sweep(*checkpoints, data, "--top-k", f"1,5,{EXPERTS}", "--out", tmp_path / "out")
+
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    found = {(row["label"], row["top_k"]): row for row in rows}
+    assert list(found) == [(n, k) for n in ("hyperrouter", "smoe") for k in (1, 5, EXPERTS)] + [("dense", None)]
+    for name, top_k in (("hyperrouter", 1), ("hyperrouter", 5), ("smoe", EXPERTS), ("dense", None)):
+        stock = evaluated(name, top_k)
+        row = found[name, top_k]
+        assert f"{row['perplexity']:.2f}" == stock["printed_perplexity"]
+        assert f"{row['bits_per_token']:.4f}" == f"{stock['loss']:.4f}"
+        assert row["bits_per_character"] == pytest.approx(row["bits_per_token"])
+        assert re.search(rf"\| +{name} \| +{top_k or 'dense'} \| +{stock['printed_perplexity']} \|", result.out)
+
+    side_by_side = result.out.split("\n\n")[0]
+    for row in rows:  # in the first table under the column of its k
+        header, *lines = [[cell.strip() for cell in line.split("|")] for line in side_by_side.splitlines()]
+        (line,) = [line for line in lines if line[1] == row["label"]]
+        assert line[header.index(str(row["top_k"] or "dense"))] == f"{row['perplexity']:.2f}"
+    assert result.out.startswith((tmp_path / "out" / "sweep.md").read_text())
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    wrote = re.findall(r"^wrote (.*)$", result.out, re.MULTILINE)
+    assert wrote == [str(tmp_path / "out" / f"sweep.{kind}") for kind in ("json", "md", "png")]
+
+
+def test_fresh_processes_agree_to_the_last_digit(tmp_path, data, trained):
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
+    bits = []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        sweep(checkpoint, data, "--top-k", "1,3", "--out", out)
+        bits.append([row["bits_per_token"] for row in json.loads((out / "sweep.json").read_text())])
+    assert bits[0] == bits[1]
+
+
+def test_checkpoints_hold_data_only(trained):
+    """torch.load(weights_only=True) reads them where nobody imported the package, or fairseq."""
+    names = ("hyperrouter", "smoe", "smoe-dropout", "dense")
+    files = [path for name in names for path in sorted(trained(name)[0].glob("*.pt"))]
+    assert len(files) >= len(names)
+    run_python(
+        "import sys, torch\n"
+        "for path in sys.argv[1:]: torch.load(path, weights_only=True)\n"
+        "assert not {'fairseq', 'fairseq_hyperrouter'} & set(sys.modules)\n",
+        *files,
+    )
+
+
+def test_user_dir_prints_the_folder():
+    assert run("-m fairseq_hyperrouter.command", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
