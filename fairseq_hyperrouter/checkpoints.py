@@ -83,12 +83,12 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         "--decoder-layers": cfg.decoder_layers,
         "--decoder-attention-heads": cfg.decoder_attention_heads,
         "--share-decoder-input-output-embed": cfg.share_decoder_input_output_embed,
-        "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
         "--moe-router": moe.moe_router,
         "--moe-expert-count": moe.moe_expert_count,
         "--moe-layers": ",".join(map(str, sorted(layers))),
         "--moe-ffn-embed-dim": moe.moe_ffn_embed_dim or cfg.decoder_ffn_embed_dim,
         "--moe-shared-experts": moe.moe_shared_experts,
+        "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
     }
     if moe.moe_router == "hyperrouter":
         shape["--moe-hyper-embed-dim"] = moe.moe_hyper_embed_dim or cfg.decoder_embed_dim

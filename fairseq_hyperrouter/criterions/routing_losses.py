@@ -47,7 +47,7 @@ def auxiliary_loss(routings: Routings, cfg: RoutingLossConfig) -> Optional[Tenso
 
 
 @torch.no_grad()
-def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> Dict[str, Tensor]:
+def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> Dict[str, Any]:
     """Sums over tokens, one row per MoE layer, to be added over micro-batches and workers.
 
     A layer that LayerDrop left out has a row of zeros: workers add up tensors of the same shapes only.
@@ -57,10 +57,11 @@ def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> 
         torch.zeros(0, 1, dtype=torch.long, device=device),
         torch.zeros(0, 1, device=device),
     )
-    return {
+    sums = {
         name: torch.stack([total(nothing if routing is None else routing) for routing in routings])
         for name, total in _SUMS.items()
     }
+    return {**sums, "n_moe_layers": sum(routing is not None for routing in routings)}
 
 
 _SUMS = {
@@ -83,7 +84,8 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     moe_dropped         share of the assignments that were over a capacity
     """
     outputs = [output for output in logging_outputs if "moe_load" in output]
-    if not outputs:
+    weight = sum(output["n_moe_layers"] for output in outputs)
+    if not weight:  # nothing to log: no MoE layer, or LayerDrop left all of them out
         return
     tokens, load, probability, entropy, dropped = (
         torch.as_tensor(sum(output[name] for output in outputs)) for name in _SUMS
@@ -94,7 +96,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
 
     def log(name: str, per_layer: Tensor, digits: int) -> None:
         mean = per_layer.masked_fill(~ran, 0.0).sum() / num_layers
-        metrics.log_scalar(name, mean, weight=1, priority=600, round=digits)
+        metrics.log_scalar(name, mean, weight=weight, priority=600, round=digits)
 
     log("moe_top_k", assignments / tokens, 2)
     log("moe_balance_loss", losses.balance(load, probability), 3)

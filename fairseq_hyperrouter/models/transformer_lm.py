@@ -41,6 +41,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             kept = sorted(int(number) for number in args.decoder_layers_to_keep.split(","))
             moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
             args.decoder_layers = len(kept)
+            args.moe_freq = 1
             args.moe_layers = ",".join(str(new) for new, old in enumerate(kept) if old in moe)
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)

@@ -101,6 +101,7 @@ def test_layers_left_out_count_nowhere():
     for name in (n for n in output if n.startswith("moe_")):
         assert not partial[name][0].any()
         torch.testing.assert_close(partial[name][1], output[name][1])
+    assert (partial["n_moe_layers"], output["n_moe_layers"]) == (1, 2)
     only_second = {n: v[1:] if n.startswith("moe_") else v for n, v in output.items()}
     assert reduced([partial]) == pytest.approx(reduced([only_second]))
 
