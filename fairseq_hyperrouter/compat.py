@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import torch
+from omegaconf import OmegaConf
 
 
 def allow_fairseq_checkpoints() -> None:
@@ -50,17 +51,22 @@ def numpy_compat() -> None:
         numpy.compat = types.SimpleNamespace(long=int)
 
 
-def bf16_without_tpu(section: Any) -> None:
-    """Let ``fairseq-train --bf16`` train on a GPU or CPU.
+def mend_config(section: Any) -> None:
+    """Change what stock fairseq's command line does to the config, before anything is built from it.
 
-    Stock fairseq's command line takes --bf16 to mean a TPU. Where torch_xla is not installed there is none.
+    - ``fairseq-train --bf16`` means a TPU to it. Where torch_xla is not installed there is none.
+    - Its argparse components (``--optimizer sgd`` and others) put an argparse.Namespace into the config and so into
+      every checkpoint, which torch.load(weights_only=True) then cannot read. A plain section does as well.
 
     Args:
         section: any section of the full config; the others are reached from it.
     """
     cfg = section._get_parent() if hasattr(section, "_get_parent") else None
-    if cfg is None or "common" not in cfg or not cfg.common.bf16 or importlib.util.find_spec("torch_xla"):
+    if cfg is None:
         return
-    for part in cfg.values():
-        if hasattr(part, "keys") and "tpu" in part:
+    no_tpu = "common" in cfg and cfg.common.bf16 and not importlib.util.find_spec("torch_xla")
+    for name, part in list(cfg.items()):
+        if isinstance(part, argparse.Namespace):
+            cfg[name] = OmegaConf.create(vars(part))
+        elif no_tpu and hasattr(part, "keys") and "tpu" in part:
             part.tpu = False

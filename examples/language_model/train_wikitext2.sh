@@ -17,5 +17,5 @@ fairseq-train "$data" --user-dir "$(fairseq-hyperrouter user-dir)" \
     --tokens-per-sample 128 --batch-size 16 --dropout 0.1 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 2e-3 --lr-scheduler cosine --warmup-updates 200 --clip-norm 0.25 \
     --max-update "$updates" --save-dir "$out" --no-epoch-checkpoints --save-interval-updates 500 \
-    --keep-interval-updates 1 --log-interval 20 --max-valid-steps 50 "${@:3}"
+    --keep-interval-updates 1 --log-interval 20 --max-valid-steps 50 --required-batch-size-multiple 1 "${@:3}"
 fairseq-hyperrouter sweep "$out/checkpoint_last.pt" "$data" --top-k 1,2,4,8,16 --out "$out/sweep"

@@ -27,7 +27,7 @@ train() { # ROUTER [OPTION...]: one training, into $out/ROUTER
         --share-decoder-input-output-embed --dropout 0 --tokens-per-sample 128 --batch-size 8 \
         --optimizer adam --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 100 --clip-norm 0.25 \
         --max-update "$updates" --valid-top-k 1,16 --save-dir "$out/$1" --no-epoch-checkpoints \
-        --validate-interval-updates 500 --max-valid-steps 20 --log-interval 50 --no-progress-bar --cpu
+        --validate-interval-updates 500 --max-valid-steps 20 --required-batch-size-multiple 1 --log-interval 50 --no-progress-bar --cpu
 }
 
 routers=(hyperrouter smoe-dropout)

@@ -12,7 +12,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_hyperrouter.checkpoints import check_same_model, restored_checkpoint
-from fairseq_hyperrouter.compat import bf16_without_tpu
+from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.errors import UserError
 
@@ -69,7 +69,7 @@ class HyperRouterTask(LanguageModelingTask):
     def setup_task(cls, args: Any, **kwargs: Any) -> "HyperRouterTask":
         if args.data:
             check_dictionary(args.data)
-        bf16_without_tpu(args)
+        mend_config(args)
         return super().setup_task(args, **kwargs)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from fairseq_hyperrouter import Routing
 from tests import reference
-from tests.commands import EXPERTS, REPO, USER_DIR, load, run, run_python, sweep
+from tests.commands import EXPERTS, REPO, USER_DIR, load, run, run_python, sweep, train
 
 TRAINED_K = 2  # --moe-top-k's default, which the fixture's trainings keep
 AT_SEVERAL_K = [("hyperrouter", None), ("hyperrouter", 1), ("hyperrouter", 5), ("smoe", EXPERTS), ("smoe-dropout", 1)]
@@ -98,11 +98,13 @@ def test_fresh_processes_agree_to_the_last_digit(tmp_path, data, trained):
     assert bits[0] == bits[1]
 
 
-def test_checkpoints_hold_data_only(trained):
+def test_checkpoints_hold_data_only(tmp_path, data, trained):
     """torch.load(weights_only=True) reads them where nobody imported the package, or fairseq."""
     names = ("hyperrouter", "smoe", "smoe-dropout", "dense")
     files = [path for name in names for path in sorted(trained(name)[0].glob("*.pt"))]
     assert len(files) >= len(names)
+    train(data, tmp_path, "--optimizer", "sgd", "--max-update", "1")  # one of the argparse ones
+    files += sorted(tmp_path.glob("*.pt"))
     run_python(
         "import sys, torch\n"
         "for path in sys.argv[1:]: torch.load(path, weights_only=True)\n"
