@@ -31,7 +31,7 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     elif not path.exists() and checkpoint_cfg.finetune_from_model:
         path = Path(checkpoint_cfg.finetune_from_model)
     if not path.exists():
-        if path.name != "checkpoint_last.pt":
+        if path != Path(checkpoint_cfg.save_dir, "checkpoint_last.pt"):
             raise UserError(f"checkpoint {path}: no such file")
         return None
     if not zipfile.is_zipfile(path):
@@ -95,3 +95,35 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         shape["--moe-hyper-hidden-dim"] = moe.moe_hyper_hidden_dim
         shape["--moe-hyper-shared"] = moe.moe_hyper_shared
     return shape
+
+
+def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[str]:
+    """Which option made the tensors of a checkpoint (*found*) and of a model differ, and its two values.
+
+    None when it is none of those that are looked for.
+    """
+    described = [
+        (
+            "embed_tokens.weight",
+            ("symbols in the dictionary (is DATA the folder it was trained on?)", "--decoder-embed-dim"),
+        ),
+        ("moe.experts.weight1", ("--moe-expert-count", "--decoder-embed-dim", "--moe-ffn-embed-dim")),
+        ("moe.router.hypernetwork.weight1", ("--moe-hyper-hidden-dim", "--moe-hyper-embed-dim")),
+    ]
+    for ending, options in described:
+        for name in found.keys() & wanted.keys():
+            if name.endswith(ending):
+                for option, one, other in zip(options, found[name].shape, wanted[name].shape):
+                    if one != other:
+                        return f"{option}: {one} in the checkpoint, {other} in the model"
+    routers = [_router_kind(state) for state in (found, wanted)]
+    if routers[0] != routers[1]:
+        return f"--moe-router: {routers[0]} in the checkpoint, {routers[1]} in the model"
+    return None
+
+
+def _router_kind(state: Dict[str, Any]) -> str:
+    leaves = {name.rpartition("moe.router.")[2] for name in state if "moe.router." in name}
+    if "embedding" in leaves:
+        return "hyperrouter"
+    return "smoe or smoe-dropout" if "weight" in leaves else "none"

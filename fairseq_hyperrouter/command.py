@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from .errors import explain
+from .errors import UserError, explain
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -65,6 +65,8 @@ def _sweep(args: argparse.Namespace) -> int:
     from .analysis.sweep import markdown, sweep, write
     from .config import parse_ints
 
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, must be a folder")
     rows = []
     try:
         for row in sweep(

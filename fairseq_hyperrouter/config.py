@@ -1,5 +1,6 @@
 """Every Mixture-of-Experts option, in one place, shared by all architectures."""
 
+import math
 from dataclasses import dataclass, field
 from typing import FrozenSet, Optional, Tuple
 
@@ -130,8 +131,8 @@ class MoEConfig(FairseqDataclass):
         self._check_least("moe_shared_experts", 0)
         for name in ("moe_router_init_std", "moe_capacity_factor"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{_option(name)} {value}: must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{_option(name)} {value}: must be greater than 0, and finite")
         parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
         if self.moe_top_k_start is not None:
             parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)

@@ -82,6 +82,8 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         return f"--{option}: {text.splitlines()[0]}"
     if isinstance(error, OSError) and text.startswith("Model file not found"):
         return text
+    if isinstance(error, ValueError) and text.startswith("Incorrect dictionary format"):
+        return f"dict.txt of DATA is damaged: {text}"
     if isinstance(error, FileNotFoundError):
         if error.filename is None:
             return f"{text}; data folders are made by fairseq-preprocess"

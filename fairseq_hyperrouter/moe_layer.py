@@ -69,8 +69,10 @@ class MoELayer(nn.Module):
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
 
     def _checked(self, top_k: int) -> int:
-        if not 1 <= top_k <= self.router.num_experts:
-            raise UserError(f"top_k {top_k}: must be between 1 and the number of experts ({self.router.num_experts})")
+        if not isinstance(top_k, int) or not 1 <= top_k <= self.router.num_experts:
+            raise UserError(
+                f"top_k {top_k}: must be an integer between 1 and the number of experts ({self.router.num_experts})"
+            )
         return top_k
 
     def forward(

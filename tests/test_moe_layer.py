@@ -179,8 +179,8 @@ def test_top_k_of_one_call():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 0}, r"top_k 0: must be between 1 and the number of experts \(16\)"),
-        ({"top_k": 17}, r"top_k 17: must be between 1 and"),
+        ({"top_k": 0}, r"top_k 0: must be an integer between 1 and the number of experts \(16\)"),
+        ({"top_k": 17}, r"top_k 17: must be an integer between 1 and"),
         ({"capacity_factor": 0.0}, r"capacity_factor 0.0: must be greater than 0"),
         ({"capacity_factor": float("nan")}, r"capacity_factor nan: must be greater than 0"),
         ({"shared_experts": -1}, r"shared_experts -1: must be at least 0"),
@@ -192,7 +192,7 @@ def test_errors(options, message):
 
 
 def test_error_of_one_call():
-    with pytest.raises(UserError, match="top_k 17: must be between 1 and"):
+    with pytest.raises(UserError, match="top_k 17: must be an integer between 1 and"):
         make_layer()(torch.randn(T, D, dtype=torch.float64), top_k=17)
 
 

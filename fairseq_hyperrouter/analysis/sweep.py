@@ -42,13 +42,19 @@ def sweep(
     Raises:
         UserError (a ValueError): a k that a checkpoint cannot have, a file that is missing or of another model.
     """
-    for path in checkpoints:
+    if tokens_per_sample is not None and tokens_per_sample < 1:
+        raise UserError(f"--tokens-per-sample {tokens_per_sample}: must be at least 1")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    for path, label in zip(checkpoints, _labels(checkpoints)):
         if not path.is_file():
-            raise UserError(f"CHECKPOINT {path}: no such file")
-        overrides = {"data": data}
+            raise UserError(
+                f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file")
+            )
+        overrides = {"data": data}  # of the task alone: the model keeps the length that it was trained with
         if tokens_per_sample is not None:
             overrides["tokens_per_sample"] = tokens_per_sample
-        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"task": overrides})
         if torch.cuda.is_available() and not cpu:
             model.cuda()
         model.prepare_for_inference_(cfg)
@@ -71,19 +77,24 @@ def sweep(
                 num_workers=0,
                 context_window=context_window,
             )
-            prefix = f"{_label(path)} k={k}" if sparse else _label(path)
+            prefix = f"{label} k={k}" if sparse else label
             progress = progress_bar.progress_bar(batches, log_format="tqdm", prefix=prefix)
             if sparse:
                 model.set_eval_top_k(k)
-            row = {"checkpoint": str(path), "label": _label(path), "top_k": k, "split": split, "context": context}
+            row = {"checkpoint": str(path), "label": label, "top_k": k, "split": split, "context": context}
             row.update(_evaluate(model, task, progress))
             row.update(model_cost(model, k or 0, context)._asdict())
             yield row
 
 
-def _label(path: Path) -> str:
-    """A checkpoint is known by its folder."""
-    return path.resolve().parent.name
+def _labels(paths: Sequence[Path]) -> List[str]:
+    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else the whole path."""
+    folders = [path.resolve().parent.name for path in paths]
+    files = [f"{folder}/{path.stem}" for folder, path in zip(folders, paths)]
+    for labels in (folders, files):
+        if len(set(labels)) == len(paths):
+            return labels
+    return [str(path) for path in paths]
 
 
 def _evaluate(model: Any, task: Any, batches: Iterable[Dict[str, Any]]) -> Row:
@@ -95,6 +106,8 @@ def _evaluate(model: Any, task: Any, batches: Iterable[Dict[str, Any]]) -> Row:
         for sample in batches:
             if "target" in sample:
                 target = sample["target"][sample["target"] != dictionary.pad()]
+                if task.args.add_bos_token:  # which fairseq-eval-lm does not score
+                    target = target[target != dictionary.bos()]
                 count["tokens"] += target.numel()
                 count["characters"] += characters[target].sum().item()
             yield sample

@@ -3,6 +3,7 @@
 Dimensions: L MoE layers, E experts.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -31,8 +32,8 @@ class RoutingLossConfig(FairseqDataclass):
     def check(self) -> None:
         """Raise a UserError (a ValueError) for a negative weight."""
         for name in ("moe_gate_loss_wt", "moe_z_loss_wt"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0, and finite")
 
 
 def auxiliary_loss(routings: Routings, cfg: RoutingLossConfig) -> Optional[Tensor]:

@@ -1,6 +1,8 @@
 """``--arch transformer_lm_hyperrouter``: stock transformer_lm with Mixture-of-Experts feed-forwards."""
 
+import ast
 import copy
+import difflib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Dict
@@ -14,6 +16,8 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
+from fairseq_hyperrouter.checkpoints import shape_difference
+from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
 
@@ -37,6 +41,12 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
+        mend_config(args)
+        if args.decoder_embed_dim % args.decoder_attention_heads:
+            raise UserError(
+                f"--decoder-attention-heads {args.decoder_attention_heads}: "
+                f"must divide --decoder-embed-dim ({args.decoder_embed_dim})"
+            )
         if args.decoder_layers_to_keep:  # as stock, and the MoE layers are numbered anew like all layers
             kept = sorted(int(number) for number in args.decoder_layers_to_keep.split(","))
             moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
@@ -61,22 +71,30 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         return model
 
     def load_state_dict(self, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Stock; a checkpoint of another model is a UserError that names one tensor and both its shapes."""
+        """Stock; a checkpoint of another model is a UserError that names an option and both its values."""
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading"):
                 raise
             _, *problems = str(error).splitlines()
-            hint = "; is DATA the folder it was trained on?" if "embed_tokens" in str(error) else ""
-            problem = f"is of another model, {len(problems)} tensors differ: {problems[0].strip()}{hint}"
-            raise WrongCheckpoint(problem) from None
+            difference = shape_difference(state_dict, self.state_dict()) or problems[0].strip()
+            raise WrongCheckpoint(f"is of another model, {len(problems)} tensors differ: {difference}") from None
 
     def prepare_for_inference_(self, cfg: Any) -> None:
-        """Stock, and a word on samples that fairseq-eval-lm would skip, to print a perplexity of 1 for no token."""
+        """Stock, after a look at two mistakes that stock fairseq's evaluation is silent about.
+
+        Samples longer than the model takes are skipped (fairseq-eval-lm then prints a perplexity of 1 for no token),
+        and overrides with an unknown name do nothing.
+        """
         length, longest = safe_getattr(cfg.task, "tokens_per_sample", 0), self.max_positions()
         if running_command() == "eval_lm" and length > longest:
             raise UserError(f"--tokens-per-sample {length}: this model takes at most {longest}, give that")
+        known = HyperRouterLanguageModelConfig.__dataclass_fields__
+        for name in ast.literal_eval(cfg.common_eval.model_overrides):
+            if name.startswith("moe_") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise UserError(f"--model-overrides {name}: no such option" + (f", {near[0]}?" if near else ""))
         super().prepare_for_inference_(cfg)
 
     def set_eval_top_k(self, top_k: Any) -> None:

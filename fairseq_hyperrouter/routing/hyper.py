@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Router, RoutingContext, register_router
+from .router import Router, RoutingContext, check_init_std, register_router
 
 HYPERNETWORK_INIT_STD = 0.02
 
@@ -82,6 +82,7 @@ class HyperRouter(Router):
         gate_softmax: str = "selected",
     ) -> None:
         super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        check_init_std(init_std)
         embedding_dim = embed_dim if embedding_dim is None else embedding_dim
         output_dim = num_experts * (embed_dim + 1)
         self._owns_hypernetwork = hypernetwork is None

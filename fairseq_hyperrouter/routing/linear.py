@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router import Router, RoutingContext, register_router
+from .router import Router, RoutingContext, check_init_std, register_router
 
 DEFAULT_INIT_STD = 0.02
 
@@ -24,6 +24,7 @@ class LinearRouter(Router):
         gate_softmax: str = "selected",
     ) -> None:
         super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        check_init_std(init_std)
         self.init_std = DEFAULT_INIT_STD if init_std is None else init_std
         self._add_weights(torch.empty(num_experts, embed_dim), torch.empty(num_experts))
         self.reset_parameters()

@@ -14,6 +14,12 @@ from fairseq_hyperrouter.errors import UserError
 GATE_SOFTMAX = ("selected", "all")
 
 
+def check_init_std(init_std: Optional[float]) -> None:
+    """Raise a UserError when *init_std* is given and not positive."""
+    if init_std is not None and not init_std > 0:
+        raise UserError(f"router init_std {init_std}: must be greater than 0")
+
+
 class RoutingContext(NamedTuple):
     """What a router may know beside the tokens themselves."""
 

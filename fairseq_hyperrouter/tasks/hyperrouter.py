@@ -16,10 +16,8 @@ from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.errors import UserError
 
-from .data_folder import check_dictionary, check_split
+from .data_folder import check_folders, check_split
 from .token_length import TOKEN_UNITS, characters_per_token
-
-_METRICS = ("loss", "nll_loss", "ppl", "bpc")
 
 
 @dataclass
@@ -68,14 +66,17 @@ class HyperRouterTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> "HyperRouterTask":
         if args.data:
-            check_dictionary(args.data)
+            check_folders(args.data)
+        if args.tokens_per_sample < 1:
+            raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must be at least 1")
         mend_config(args)
         return super().setup_task(args, **kwargs)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
         if cfg is not None and not from_checkpoint:
-            self._check_best_metric(cfg.checkpoint.best_checkpoint_metric)
+            if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
+                self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
             if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads
                 restored = restored_checkpoint(cfg.checkpoint)
                 if restored is not None:
@@ -94,19 +95,18 @@ class HyperRouterTask(LanguageModelingTask):
         """
         return False
 
-    def _check_best_metric(self, name: str) -> None:
-        match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
-        if match and int(match[2]) not in self.valid_top_k:
-            raise UserError(f"--best-checkpoint-metric {name}: --valid-top-k must list {match[2]}")
-        if not match and name not in _METRICS:
-            raise UserError(
-                f"--best-checkpoint-metric {name}: choose from {', '.join(_METRICS)}, or one of --valid-top-k"
-            )
+    def _check_best_metric(self, name: str, sentence_avg: bool) -> None:
+        per_k = [f"{metric}_k{top_k}" for top_k in self.valid_top_k for metric in ("loss", "ppl", "bpc")]
+        logged = ["loss", "ppl", "bpc", *(["nll_loss"] if sentence_avg else []), *per_k]
+        if name not in logged:
+            match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
+            hint = f"; --valid-top-k must list {match[2]}" if match else ""
+            raise UserError(f"--best-checkpoint-metric {name}: choose from {', '.join(logged)}{hint}")
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         paths = utils.split_paths(self.args.data)
         if self.args.dataset_impl in (None, "mmap"):
-            check_split(os.path.join(paths[(epoch - 1) % len(paths)], split))
+            check_split(os.path.join(paths[(epoch - 1) % len(paths)], split), len(self.dictionary))
         return super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
 
     def train_step(self, sample: Dict[str, Any], *args: Any, **kwargs: Any) -> Tuple[Any, Any, Dict[str, Any]]:

@@ -69,6 +69,18 @@ TRAINING = {
         ["--moe-top-k-schedule", "linear", "--max-update", 0, "--max-epoch", 1],
         ["--moe-top-k-schedule", "linear", "--max-update"],
     ),
+    "best metric without a number": (
+        ["--valid-top-k", "1", "--best-checkpoint-metric", "ppl_k01"],
+        ["--best-checkpoint-metric", "ppl_k01", "ppl_k1"],
+    ),
+    "best metric of another criterion": (
+        ["--best-checkpoint-metric", "nll_loss"],
+        ["--best-checkpoint-metric", "nll_loss", "loss", "ppl", "bpc"],
+    ),
+    "heads": (["--decoder-attention-heads", 3], ["--decoder-attention-heads", 3, 32]),
+    "gate-loss inf": (["--moe-gate-loss-wt", "inf"], ["--moe-gate-loss-wt", "inf", "finite"]),
+    "no tokens": (["--tokens-per-sample", 0], ["--tokens-per-sample", 0, 1]),
+    "unused start": (["--moe-top-k-start", 4], ["--moe-top-k-start", 4, "constant"]),
     "unknown option": (["--moe-foo", 1], ["--moe-foo"]),
     "router of a dense model": (["--arch", "transformer_lm", "--valid-top-k", 1], ["--valid-top-k", 1, "no experts"]),
 }
@@ -166,6 +178,49 @@ def test_overrides_that_are_no_dict(preloaded, data, trained, overrides):
     assert_explained(result, "--model-overrides", overrides)
 
 
+def test_override_of_an_option_that_does_not_exist(preloaded, data, trained):
+    """Stock fairseq would evaluate as if nothing had been asked for."""
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
+    overrides = ["--model-overrides", "{'moe_eval_topk': 1}"]
+    result = preloaded.run("fairseq-eval-lm", *eval_arguments(data, checkpoint, *overrides))
+    assert_explained(result, "--model-overrides", "moe_eval_topk", "moe_eval_top_k")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ("{'moe_expert_count': 16}", ["--moe-expert-count", 8, 16]),
+        ("{'moe_router': 'smoe'}", ["--moe-router", "hyperrouter", "smoe"]),
+    ],
+)
+def test_override_that_makes_another_model(preloaded, data, trained, overrides, words):
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
+    result = preloaded.run("fairseq-eval-lm", *eval_arguments(data, checkpoint, "--model-overrides", overrides))
+    assert_explained(result, checkpoint, *words)
+
+
+def test_restore_a_missing_checkpoint_last(preloaded, tmp_path, data):
+    """By its usual name, but not in the folder where a first training finds none either."""
+    missing = tmp_path / "other" / "checkpoint_last.pt"
+    arguments = train_arguments(data, tmp_path, "--restore-file", missing, "--max-update", "1")
+    assert_explained(preloaded.run("fairseq-train", *arguments), missing)
+
+
+@pytest.mark.parametrize("lines", [20, 20.5])
+def test_truncated_dictionary(preloaded, tmp_path, data, lines):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    whole = (folder / "dict.txt").read_text().splitlines(keepends=True)
+    (folder / "dict.txt").write_text("".join(whole[: int(lines)]) + ("" if lines == 20 else whole[20][:1] + "\n"))
+    result = preloaded.run("fairseq-train", *train_arguments(folder, None, "--max-update", "1"))
+    assert_explained(result, "dict.txt")
+
+
+def test_second_data_folder_is_missing(preloaded, tmp_path, data):
+    arguments = train_arguments(f"{data}:{tmp_path / 'nope'}", None, "--max-update", "1")
+    assert_explained(preloaded.run("fairseq-train", *arguments), tmp_path / "nope")
+
+
 @pytest.fixture
 def checkpoints(tmp_path, trained):
     """Files that are not what --path needs."""
@@ -245,6 +300,9 @@ SWEEP = {
     "k 9": (["--top-k", "1,9"], ["--top-k", 9, 8]),
     "k x": (["--top-k", "one"], ["--top-k", "one", "integers"]),
     "split": (["--top-k", "1", "--split", "tset"], ["tset"]),
+    "no tokens": (["--top-k", "1", "--tokens-per-sample", 0], ["--tokens-per-sample", 0, 1]),
+    "no batch": (["--top-k", "1", "--batch-size", 0], ["--batch-size", 0, 1]),
+    "too many tokens": (["--top-k", "1", "--tokens-per-sample", 65], ["--tokens-per-sample", 65, 64]),
     "context too long": (["--top-k", "1", "--context-window", 64], ["--context-window", 64]),
 }
 

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import time
 
 import pytest
@@ -108,7 +109,10 @@ def test_truncated_last_checkpoint(tmp_path, data, uninterrupted):
 def test_interrupted_by_the_keyboard(tmp_path, data):
     """Ctrl-C on a training that has just begun leaves nothing that stops the next one."""
     process = popen(
-        "fairseq-train", *train_arguments(data, tmp_path, *options("linear"), batch_size=BATCH["linear"]), stdout=-3
+        "fairseq-train",
+        *train_arguments(data, tmp_path, *options("linear"), batch_size=BATCH["linear"]),
+        stdout=-3,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while newest_update(tmp_path) < 1:
         assert process.poll() is None

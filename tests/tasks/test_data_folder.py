@@ -7,7 +7,7 @@ from fairseq.data.data_utils import load_indexed_dataset
 
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.errors import explain
-from fairseq_hyperrouter.tasks.data_folder import check_dictionary, check_split
+from fairseq_hyperrouter.tasks.data_folder import check_folders, check_split
 from tests.tiny import tiny_dictionary
 
 SMALL, LARGE = 100, 100_000  # sizes of the vocabulary: fairseq writes 2 and 4 bytes a token
@@ -93,9 +93,12 @@ def test_no_index(tmp_path):
 
 def test_dictionary(tmp_path):
     with pytest.raises(UserError, match=r"DATA .*nowhere: no such folder; fairseq-preprocess makes it"):
-        check_dictionary(str(tmp_path / "nowhere"))
+        check_folders(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"holds no dict.txt; fairseq-preprocess --only-source makes it"):
-        check_dictionary(str(tmp_path))
+        check_folders(str(tmp_path))
     (tmp_path / "dict.txt").write_text("a 1\n")
-    check_dictionary(str(tmp_path))
-    check_dictionary(os.pathsep.join([str(tmp_path), "other"]))  # the dictionary is read from the first folder
+    check_folders(str(tmp_path))
+    (tmp_path / "other").mkdir()
+    check_folders(os.pathsep.join([str(tmp_path), str(tmp_path / "other")]))  # the first one's dictionary is read
+    with pytest.raises(UserError, match="DATA nope: no such folder"):
+        check_folders(os.pathsep.join([str(tmp_path), "nope"]))

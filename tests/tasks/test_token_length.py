@@ -22,6 +22,7 @@ def lengths(symbols, unit):
         (["a", "b"], "auto", {**CHARACTER, "a": 1, "b": 1}),
         (["a", "of"], "auto", {**WORD, "a": 2, "of": 3}),
         (["a", "madeupword0000"], "auto", {**CHARACTER, "a": 1, "madeupword0000": 0}),
+        (["low@@", "er"], "auto", {**WORD, "low@@": 3, "er": 3}),
         (["of", "madeupword0000"], "word", {**WORD, "of": 3, "madeupword0000": 0}),
     ],
 )

@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fairseq_hyperrouter.analysis.sweep import _labels, markdown, write
+
+
+@pytest.mark.parametrize(
+    "paths, labels",
+    [
+        (["runs/a/checkpoint_best.pt", "runs/b/checkpoint_best.pt"], ["a", "b"]),
+        (["runs/a/checkpoint_best.pt", "runs/a/checkpoint_last.pt"], ["a/checkpoint_best", "a/checkpoint_last"]),
+        (["a/seed1/last.pt", "b/seed1/last.pt"], ["a/seed1/last.pt", "b/seed1/last.pt"]),
+    ],
+)
+def test_labels_tell_checkpoints_apart(paths, labels):
+    assert _labels([Path(path) for path in paths]) == labels
+
+
+def rows():
+    for label, top_ks in (("a", (1, 2)), ("b", (2, 4)), ("stock", (None,))):
+        for k in top_ks:
+            numbers = {"perplexity": 10.0 + (k or 0), "bits_per_token": 3.5, "bits_per_character": 1.5}
+            costs = {"tokens_per_second": 1234.5, "active_parameters": 1000 * (k or 1), "flops_per_token": 2.5e6}
+            yield {"label": label, "top_k": k, **numbers, **costs}
+
+
+def test_table_of_several_and_files(tmp_path):
+    found = list(rows())
+    side_by_side, detail = markdown(found).split("\n\n")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in side_by_side.splitlines()]
+    assert cells[0] == ["perplexity at k =", "1", "2", "4", "dense"]
+    assert cells[2:] == [
+        ["a", "11.00", "12.00", "", ""],
+        ["b", "", "12.00", "14.00", ""],
+        ["stock", "", "", "", "10.00"],
+    ]
+    assert len(detail.splitlines()) == 2 + 5
+    assert markdown(found[:2]).count("\n\n") == 0  # one model needs no second table
+    assert [path.name for path in write(found, tmp_path / "new")] == ["sweep.json", "sweep.md", "sweep.png"]
+    assert json.loads((tmp_path / "new" / "sweep.json").read_text()) == found
+    assert (tmp_path / "new" / "sweep.png").read_bytes().startswith(b"\x89PNG")
