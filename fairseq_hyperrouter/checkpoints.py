@@ -39,6 +39,14 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     return path
 
 
+def check_whole(path: Path) -> None:
+    """Raise a UserError when there is no file at *path*, or a truncated one."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"cannot read checkpoint {path}: truncated, or not a checkpoint")
+
+
 def _replace_truncated(path: Path) -> None:
     whole = [other for other in path.parent.glob("checkpoint*.pt") if zipfile.is_zipfile(other)]
     if path.name != "checkpoint_last.pt" or not whole:

@@ -12,7 +12,7 @@ from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import eval_lm
 
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.tasks.token_length import characters_per_token
+from fairseq_hyperrouter.token_length import characters_per_token
 
 from .cost import model_cost
 

@@ -3,8 +3,10 @@
 import ast
 import copy
 import difflib
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict
 
 from fairseq.models import register_model, register_model_architecture
@@ -16,9 +18,10 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import shape_difference
+from fairseq_hyperrouter.checkpoints import check_whole, shape_difference
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.data_folder import check_folders
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
 
 from .moe_decoder import MoEDecoder
@@ -70,6 +73,22 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         return model
 
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **kwargs: Any
+    ) -> Any:
+        """Stock: a hub interface to the checkpoint(s) in a folder; ``moe_eval_top_k`` is one of the options it takes.
+
+        Raises:
+            UserError (a ValueError): a file or folder that is missing, a truncated checkpoint, an unknown MoE option.
+        """
+        check_override_names("from_pretrained", kwargs)
+        for file in checkpoint_file.split(os.pathsep):
+            check_whole(Path(model_name_or_path, file))
+        if not data_name_or_path.startswith("."):
+            check_folders(data_name_or_path)
+        return super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+
     def load_state_dict(self, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Stock; a checkpoint of another model is a UserError that names an option and both its values."""
         try:
@@ -90,11 +109,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         length, longest = safe_getattr(cfg.task, "tokens_per_sample", 0), self.max_positions()
         if running_command() == "eval_lm" and length > longest:
             raise UserError(f"--tokens-per-sample {length}: this model takes at most {longest}, give that")
-        known = HyperRouterLanguageModelConfig.__dataclass_fields__
-        for name in ast.literal_eval(cfg.common_eval.model_overrides):
-            if name.startswith("moe_") and name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise UserError(f"--model-overrides {name}: no such option" + (f", {near[0]}?" if near else ""))
+        check_override_names("--model-overrides", ast.literal_eval(cfg.common_eval.model_overrides))
         super().prepare_for_inference_(cfg)
 
     def set_eval_top_k(self, top_k: Any) -> None:
@@ -104,6 +119,15 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
         """Evaluate with *top_k* experts per token inside the ``with`` block."""
         return self.decoder.at_top_k(top_k)
+
+
+def check_override_names(where: str, overrides: Dict[str, Any]) -> None:
+    """Raise a UserError for a ``moe_`` option that does not exist: stock fairseq would do nothing about it."""
+    known = HyperRouterLanguageModelConfig.__dataclass_fields__
+    for name in overrides:
+        if name.startswith("moe_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{where} {name}: no such option" + (f", {near[0]}?" if near else ""))
 
 
 def _paper_size(args: Any, layers: int) -> None:

@@ -14,10 +14,9 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_hyperrouter.checkpoints import check_same_model, restored_checkpoint
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
+from fairseq_hyperrouter.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
-
-from .data_folder import check_folders, check_split
-from .token_length import TOKEN_UNITS, characters_per_token
+from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 
 
 @dataclass

@@ -5,7 +5,7 @@ import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from fairseq_hyperrouter import MoECrossEntropyCriterion, MoELayer, UserError
+from fairseq_hyperrouter import HyperRouterLanguageModel, MoECrossEntropyCriterion, MoELayer, UserError
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_hyperrouter.routing import ROUTERS
 from tests.tiny import ADAPTIVE, tiny_dictionary, tiny_model, tiny_sample, tiny_task
@@ -261,3 +261,19 @@ def test_sizes_of_the_paper(size, layers):
     architecture(chosen)
     assert (chosen.decoder_embed_dim, chosen.decoder_input_dim, chosen.moe_freq) == (64, 64, 2)
     assert not hasattr(chosen, "moe_layers")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"checkpoint_file": "missing.pt"}, "checkpoint .*missing.pt: no such file"),
+        ({"checkpoint_file": "text.pt"}, "cannot read checkpoint .*text.pt: truncated, or not a checkpoint"),
+        ({"data_name_or_path": "nowhere"}, "DATA nowhere: no such folder"),
+        ({"moe_eval_topk": 1}, r"from_pretrained moe_eval_topk: no such option, moe_eval_top_k\?"),
+    ],
+)
+def test_from_pretrained_says_what_is_wrong(tmp_path, arguments, message):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=message):
+        HyperRouterLanguageModel.from_pretrained(str(tmp_path), **arguments)

@@ -1,6 +1,6 @@
 import pytest
 
-from fairseq_hyperrouter.tasks.token_length import TOKEN_UNITS, characters_per_token
+from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 from tests.tiny import tiny_dictionary
 
 SPECIAL = {"<s>": 0, "<pad>": 0}
