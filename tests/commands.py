@@ -1,6 +1,7 @@
 """fairseq's own commands in processes of their own, as a user runs them, and what they print and save."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -133,6 +134,20 @@ def hydra_arguments(data, **overrides):
 
 def load(checkpoint):
     return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
+def loss_of(model, task):
+    """Of a model in this process on the test split, in bits, sample by sample."""
+    task.load_dataset("test")
+    dataset = task.dataset("test")
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for index in range(len(dataset)):
+            sample = dataset.collater([dataset[index]])
+            log_probability = model(**sample["net_input"])[0].double().log_softmax(dim=-1)
+            total -= log_probability.gather(-1, sample["target"].unsqueeze(-1)).sum().item()
+            tokens += sample["target"].numel()
+    return total / tokens / math.log(2)
 
 
 def differing_tensors(first, second, where=""):

@@ -1,17 +1,16 @@
 """Evaluation at any number of experts: fairseq-eval-lm, the sweep command, and the equations agree."""
 
 import json
-import math
 import re
 
 import pytest
 import torch
-from fairseq import tasks, utils
+from fairseq import tasks
 from omegaconf import OmegaConf
 
 from fairseq_hyperrouter import Routing
 from tests import reference
-from tests.commands import EXPERTS, REPO, USER_DIR, load, run, run_python, sweep, train
+from tests.commands import EXPERTS, REPO, USER_DIR, load, loss_of, run, run_python, sweep, train
 
 TRAINED_K = 2  # --moe-top-k's default, which the fixture's trainings keep
 AT_SEVERAL_K = [("hyperrouter", None), ("hyperrouter", 1), ("hyperrouter", 5), ("smoe", EXPERTS), ("smoe-dropout", 1)]
@@ -37,16 +36,7 @@ def slow_loss(checkpoint, router, top_k):
 
         layer.moe.forward = forward
 
-    task.load_dataset("test")
-    dataset = task.dataset("test")
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for index in range(len(dataset)):
-            sample = dataset.collater([dataset[index]])
-            log_probability = utils.log_softmax(model(**sample["net_input"])[0].double(), dim=-1)
-            total -= log_probability.gather(-1, sample["target"].unsqueeze(-1)).sum().item()
-            tokens += sample["target"].numel()
-    return total / tokens / math.log(2)
+    return loss_of(model, task)
 
 
 @pytest.mark.parametrize(("router", "top_k"), AT_SEVERAL_K)

@@ -21,6 +21,7 @@ from tests.commands import (
     evaluate,
     hydra_arguments,
     load,
+    loss_of,
     run,
     train,
     train_arguments,
@@ -162,7 +163,7 @@ def test_layers_to_keep(data, deep, keep):
     for number, layer in enumerate(decoder.layers):
         if number not in kept:  # the residual stream passes by
             layer.forward = passing_by(decoder, layer)
-    assert found["loss"] == pytest.approx(loss_of(hub), abs=1e-4)
+    assert found["loss"] == pytest.approx(loss_of(hub.models[0], hub.task), abs=1e-4)
 
 
 def passing_by(decoder, layer):
@@ -175,21 +176,6 @@ def passing_by(decoder, layer):
         return (x, *rest)
 
     return pass_by
-
-
-def loss_of(hub):
-    """Of a hub model on the test split, in bits, sample by sample."""
-    task = hub.task
-    task.load_dataset("test")
-    dataset = task.dataset("test")
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for index in range(len(dataset)):
-            sample = dataset.collater([dataset[index]])
-            log_probability = hub.models[0](**sample["net_input"])[0].log_softmax(dim=-1)
-            total -= log_probability.gather(-1, sample["target"].unsqueeze(-1)).sum().item()
-            tokens += sample["target"].numel()
-    return total / tokens / math.log(2)
 
 
 def test_layers_to_keep_of_a_list(tmp_path, data):
