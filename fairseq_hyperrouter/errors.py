@@ -89,6 +89,8 @@ def _explain_stock(error: BaseException) -> Optional[str]:
             return f"{text}; data folders are made by fairseq-preprocess"
         hint = "; DATA must be a folder made by fairseq-preprocess" if str(error.filename).endswith("dict.txt") else ""
         return f"no such file: {error.filename}{hint}"
+    if isinstance(error, AttributeError) and _local(error, "filename", "") is None:
+        return "--path: must name a checkpoint"
     where = "".join(traceback.format_tb(error.__traceback__)) + text
     if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError)):
         return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
@@ -96,7 +98,16 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         path = _local(error, "local_path", "")
         if not _is_checkpoint(path):
             return f"cannot read checkpoint {path}: truncated, or not a checkpoint"
+    if type(error) in (Exception, AssertionError, NotImplementedError, ValueError) and _said_by_fairseq(error):
+        return text
     return None
+
+
+def _said_by_fairseq(error: BaseException) -> bool:
+    """Whether fairseq itself raised *error*, with a text: that is how it refuses options."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return package in ("fairseq", "fairseq_cli") and bool(str(error))
 
 
 def _is_checkpoint(path: str) -> bool:

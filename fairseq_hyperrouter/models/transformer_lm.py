@@ -23,6 +23,7 @@ from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.data_folder import check_folders
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
+from fairseq_hyperrouter.stock_options import check_model_options
 
 from .moe_decoder import MoEDecoder
 
@@ -45,11 +46,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
-        if args.decoder_embed_dim % args.decoder_attention_heads:
-            raise UserError(
-                f"--decoder-attention-heads {args.decoder_attention_heads}: "
-                f"must divide --decoder-embed-dim ({args.decoder_embed_dim})"
-            )
+        check_model_options(args, len(task.source_dictionary))
         if args.decoder_layers_to_keep:  # as stock, and the MoE layers are numbered anew like all layers
             kept = sorted(int(number) for number in args.decoder_layers_to_keep.split(","))
             moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)

@@ -16,6 +16,7 @@ from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.stock_options import check_trainer_options
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 
 
@@ -74,6 +75,7 @@ class HyperRouterTask(LanguageModelingTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
         if cfg is not None and not from_checkpoint:
+            check_trainer_options(cfg)
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
             if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads

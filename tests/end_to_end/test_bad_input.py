@@ -82,6 +82,22 @@ TRAINING = {
     "no tokens": (["--tokens-per-sample", 0], ["--tokens-per-sample", 0, 1]),
     "unused start": (["--moe-top-k-start", 4], ["--moe-top-k-start", 4, "constant"]),
     "unknown option": (["--moe-foo", 1], ["--moe-foo"]),
+    "width": (["--decoder-embed-dim", -4], ["--decoder-embed-dim", -4, 1]),
+    "dropout": (["--dropout", 2], ["--dropout", "2.0", 0, 1]),
+    "tied widths": (
+        ["--share-decoder-input-output-embed", "--decoder-output-dim", 16],
+        ["--decoder-output-dim", 16, "--decoder-input-dim", 32],
+    ),
+    "kept layers": (["--decoder-layers-to-keep", "0,5"], ["--decoder-layers-to-keep", "0,5", 0, 1]),
+    "adaptive softmax": (["--adaptive-softmax-cutoff", "9,5"], ["--adaptive-softmax-cutoff", "9,5", 0]),
+    "adaptive input": (["--adaptive-input"], ["--adaptive-input", "--adaptive-input-cutoff"]),
+    "tied adaptive": (["--tie-adaptive-weights"], ["--tie-adaptive-weights", "--adaptive-input"]),
+    "update-freq": (["--update-freq", 0], ["--update-freq", 0, 1]),
+    "batch-size": (["--batch-size", 0], ["--batch-size", 0, 1]),
+    "max-tokens": (["--max-tokens", 3], ["--max-tokens", 3, 64]),
+    "positions": (["--max-target-positions", 10], ["--tokens-per-sample", 64, "--max-target-positions", 10]),
+    "fp16 on a CPU": (["--fp16"], ["--fp16", "--memory-efficient-fp16"]),
+    "what fairseq refuses": (["--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", "5,9"], ["legacy_ddp"]),
     "router of a dense model": (["--arch", "transformer_lm", "--valid-top-k", 1], ["--valid-top-k", 1, "no experts"]),
 }
 
@@ -287,6 +303,10 @@ def test_resume_with_another_vocabulary(preloaded, tmp_path, data, trained):
     shutil.copy(trained("hyperrouter")[0] / "checkpoint_last.pt", tmp_path)
     result = preloaded.run("fairseq-train", *train_arguments(folder, tmp_path, "--max-update", "40"))
     assert_explained(result, tmp_path / "checkpoint_last.pt", 64, 66, "DATA")
+
+
+def test_evaluation_of_no_checkpoint(preloaded, data):
+    assert_explained(preloaded.run("fairseq-eval-lm", data, "--user-dir", USER_DIR, *ON_CPU), "--path")
 
 
 def test_evaluation_with_longer_samples_than_the_model_takes(preloaded, data, trained):

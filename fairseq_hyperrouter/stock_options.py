@@ -1,0 +1,90 @@
+"""Mistakes in stock fairseq's own options that it would answer with a traceback, or not at all."""
+
+from itertools import pairwise
+from typing import Any
+
+from .config import parse_ints
+from .errors import UserError
+
+
+def check_model_options(args: Any, num_symbols: int) -> None:
+    """Raise a UserError (a ValueError) for options of stock transformer_lm that cannot make a model.
+
+    Args:
+        args: the options of the model.
+        num_symbols: in the dictionary.
+    """
+    for name in ("decoder_embed_dim", "decoder_attention_heads", "decoder_layers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{_option(name)} {getattr(args, name)}: must be at least 1")
+    for name in ("dropout", "attention_dropout", "activation_dropout", "decoder_layerdrop"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
+            raise UserError(f"{_option(name)} {getattr(args, name)}: must be between 0 and 1")
+    if args.decoder_embed_dim % args.decoder_attention_heads:
+        raise UserError(
+            f"--decoder-attention-heads {args.decoder_attention_heads}: "
+            f"must divide --decoder-embed-dim ({args.decoder_embed_dim})"
+        )
+    if args.share_decoder_input_output_embed:
+        _check_same("--share-decoder-input-output-embed", args, "decoder_output_dim", "decoder_input_dim")
+    if args.decoder_layers_to_keep:
+        for number in parse_ints("--decoder-layers-to-keep", args.decoder_layers_to_keep):
+            if not 0 <= number < args.decoder_layers:
+                raise UserError(
+                    f"--decoder-layers-to-keep {args.decoder_layers_to_keep}: "
+                    f"layers are numbered 0 to {args.decoder_layers - 1}"
+                )
+    _check_cutoff("adaptive_softmax_cutoff", args.adaptive_softmax_cutoff, num_symbols)
+    if args.adaptive_input:
+        if not args.adaptive_input_cutoff:
+            raise UserError("--adaptive-input: needs --adaptive-input-cutoff, as in 20000,60000")
+        _check_cutoff("adaptive_input_cutoff", args.adaptive_input_cutoff, num_symbols)
+    if args.tie_adaptive_weights:
+        if not args.adaptive_input:
+            raise UserError("--tie-adaptive-weights: needs --adaptive-input")
+        for one, other in (
+            ("adaptive_input_cutoff", "adaptive_softmax_cutoff"),
+            ("adaptive_input_factor", "adaptive_softmax_factor"),
+            ("decoder_input_dim", "decoder_output_dim"),
+        ):
+            _check_same("--tie-adaptive-weights", args, one, other)
+
+
+def _check_cutoff(name: str, value: Any, num_symbols: int) -> None:
+    if not value:
+        return
+    bounds = (0, *parse_ints(_option(name), value), num_symbols)
+    if not all(low < high for low, high in pairwise(bounds)):
+        raise UserError(
+            f"{_option(name)} {value}: must be growing numbers, above 0 and below the dictionary's {num_symbols} symbols"
+        )
+
+
+def _check_same(reason: str, args: Any, one: str, other: str) -> None:
+    if getattr(args, one) != getattr(args, other):
+        raise UserError(
+            f"{_option(one)} {getattr(args, one)}: with {reason} it must be {_option(other)} ({getattr(args, other)})"
+        )
+
+
+def check_trainer_options(cfg: Any) -> None:
+    """Raise a UserError (a ValueError) for options of the whole *cfg* with which no update can be made."""
+    if min(cfg.optimization.update_freq, default=1) < 1:
+        raise UserError(f"--update-freq {cfg.optimization.update_freq[0]}: must be at least 1")
+    for name in ("batch_size", "max_tokens"):
+        value = cfg.dataset[name]
+        if value is not None and value < 1:
+            raise UserError(f"{_option(name)} {value}: must be at least 1")
+    longest = cfg.task.tokens_per_sample
+    if cfg.model.max_target_positions is not None and cfg.model.max_target_positions < longest:
+        raise UserError(f"--tokens-per-sample {longest}: --max-target-positions is {cfg.model.max_target_positions}")
+    full = cfg.task.sample_break_mode in (None, "none")  # else samples may be shorter
+    if full and cfg.dataset.max_tokens is not None and cfg.dataset.max_tokens < longest:
+        raise UserError(f"--max-tokens {cfg.dataset.max_tokens}: must be at least --tokens-per-sample ({longest})")
+    flattens = not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
+    if cfg.common.fp16 and cfg.common.cpu and flattens:
+        raise UserError("--fp16: with --cpu it needs --fp16-no-flatten-grads or --memory-efficient-fp16")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
