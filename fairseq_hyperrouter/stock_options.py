@@ -56,7 +56,7 @@ def _check_cutoff(name: str, value: Any, num_symbols: int) -> None:
     bounds = (0, *parse_ints(_option(name), value), num_symbols)
     if not all(low < high for low, high in pairwise(bounds)):
         raise UserError(
-            f"{_option(name)} {value}: must be growing numbers, above 0 and below the dictionary's {num_symbols} symbols"
+            f"{_option(name)} {value}: must be growing numbers from 1 to below the dictionary's {num_symbols} symbols"
         )
 
 

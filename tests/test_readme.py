@@ -22,7 +22,7 @@ def options():
                 yield field
 
 
-@pytest.mark.parametrize("field", options(), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", list(options()), ids=lambda field: field.name)
 def test_every_option_is_listed_with_its_default_and_help(field):
     default = "" if field.default is None or str(field.default).startswith("${") else field.default
     default = "off" if default is False else default

@@ -89,7 +89,7 @@ TRAINING = {
         ["--decoder-output-dim", 16, "--decoder-input-dim", 32],
     ),
     "kept layers": (["--decoder-layers-to-keep", "0,5"], ["--decoder-layers-to-keep", "0,5", 0, 1]),
-    "adaptive softmax": (["--adaptive-softmax-cutoff", "9,5"], ["--adaptive-softmax-cutoff", "9,5", 0]),
+    "adaptive softmax": (["--adaptive-softmax-cutoff", "9,5"], ["--adaptive-softmax-cutoff", "9,5", 1]),
     "adaptive input": (["--adaptive-input"], ["--adaptive-input", "--adaptive-input-cutoff"]),
     "tied adaptive": (["--tie-adaptive-weights"], ["--tie-adaptive-weights", "--adaptive-input"]),
     "update-freq": (["--update-freq", 0], ["--update-freq", 0, 1]),
