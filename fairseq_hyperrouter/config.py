@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
 from .errors import UserError
+from .experts.backend import AUTO, check_backend
 from .routing import ROUTERS, TopKSchedule
 from .routing.router import GATE_SOFTMAX
 
@@ -110,6 +111,13 @@ class MoEConfig(FairseqDataclass):
     moe_shared_experts: int = field(
         default=0, metadata={"help": "experts that every token goes to, beside the chosen ones"}
     )
+    moe_backend: str = field(
+        default=AUTO,
+        metadata={
+            "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs (CPU), "
+            "grouped (GPU, bfloat16), blocks (GPU, any dtype), loop (plain autograd)"
+        },
+    )
 
     # options from other parts of the config
     seed: int = II("common.seed")
@@ -120,6 +128,7 @@ class MoEConfig(FairseqDataclass):
             raise UserError(f"--moe-router {self.moe_router!r}: choose from {', '.join(sorted(ROUTERS))}")
         if self.moe_gate_softmax not in GATE_SOFTMAX:
             raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
+        check_backend("--moe-backend", self.moe_backend)
         for name in (
             "moe_expert_count",
             "moe_ffn_embed_dim",

@@ -32,6 +32,7 @@ class MoELayer(nn.Module):
         activation_dropout: probability of dropping a hidden unit of an expert.
         capacity_factor: an expert takes at most ceil(factor * K * T / E) assignments in training.
         shared_experts: how many experts every token goes to beside the chosen ones.
+        backend: what computes the experts: auto, runs, grouped, blocks or loop; see ``experts/backend.py``.
 
     Raises:
         UserError (a ValueError): naming the argument, its value and what is allowed.
@@ -53,6 +54,7 @@ class MoELayer(nn.Module):
         activation_dropout: float = 0.0,
         capacity_factor: Optional[float] = None,
         shared_experts: int = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if capacity_factor is not None and not capacity_factor > 0:
@@ -65,7 +67,7 @@ class MoELayer(nn.Module):
 
         sizes = (router.embed_dim, ffn_embed_dim)
         hidden = {"activation": activation, "dropout": activation_dropout}
-        self.experts = ExpertBank(router.num_experts, *sizes, **hidden)
+        self.experts = ExpertBank(router.num_experts, *sizes, **hidden, backend=backend)
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
 
     def _checked(self, top_k: int) -> int:

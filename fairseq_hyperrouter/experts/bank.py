@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
+from .backend import AUTO, check_backend, choose
 from .dispatch import order_by_expert
-from .loop import expert_loop
-from .weights import ExpertWeights
+from .weights import ExpertWeights, Hidden
 
 
 class ExpertBank(nn.Module):
-    """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(x W1_i + b1_i)) + b2_i.
+    """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(W1_i x + b1_i)) + b2_i.
 
-    Each expert starts as ``nn.Linear`` does: U(-1/sqrt(n), 1/sqrt(n)), n its number of inputs.
+    Each expert's weights are held, and start, as those of ``nn.Linear``: U(-1/sqrt(n), 1/sqrt(n)), n its inputs.
+
+    Args:
+        backend: which implementation computes; "auto" chooses by device, dtype and shape.
 
     Raises:
-        UserError (a ValueError): a size that is not positive.
+        UserError (a ValueError): a size that is not positive, a backend that does not exist.
     """
 
     def __init__(
@@ -34,16 +37,19 @@ class ExpertBank(nn.Module):
         *,
         activation: Callable[[Tensor], Tensor] = F.relu,
         dropout: float = 0.0,
+        backend: str = AUTO,
     ) -> None:
         super().__init__()
         for name, value in (("num_experts", num_experts), ("embed_dim", embed_dim), ("ffn_embed_dim", ffn_embed_dim)):
             if value < 1:
                 raise UserError(f"expert bank {name} {value}: must be at least 1")
+        check_backend("backend", backend)
+        self.backend = backend
         self.activation = activation
         self.dropout = dropout
-        self.weight1 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_embed_dim))
+        self.weight1 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim, embed_dim))
         self.bias1 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim))
-        self.weight2 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim, embed_dim))
+        self.weight2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_embed_dim))
         self.bias2 = nn.Parameter(torch.empty(num_experts, embed_dim))
         self.reset_parameters()
 
@@ -57,7 +63,7 @@ class ExpertBank(nn.Module):
         for expert in range(self.num_experts):
             generator = generators[expert] if generators else None
             for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
-                bound = 1 / math.sqrt(weight.size(1))
+                bound = 1 / math.sqrt(weight.size(2))
                 weight[expert].uniform_(-bound, bound, generator=generator)
                 bias[expert].uniform_(-bound, bound, generator=generator)
 
@@ -73,15 +79,23 @@ class ExpertBank(nn.Module):
         Returns:
             y (T, D); zero for a token none of whose assignments is kept.
         """
-        return expert_loop(
-            x,
-            order_by_expert(expert_index, self.num_experts, kept),
-            gate,
-            ExpertWeights(self.weight1, self.bias1, self.weight2, self.bias2),
-            self.activation,
-            self.dropout if self.training else 0.0,
-        )
+        weights = ExpertWeights(self.weight1, self.bias1, self.weight2, self.bias2)
+        # A backend's own autograd function would get what autocast makes of each product; give it all of one dtype.
+        # An empty product tells which one, with autocast and without.
+        dtype = torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype
+        if dtype == x.dtype:
+            return self._compute(x, expert_index, gate, kept, weights)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = ExpertWeights(*(weight.to(dtype) for weight in weights))
+            return self._compute(x.to(dtype), expert_index, gate, kept, weights)
+
+    def _compute(
+        self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor], weights: ExpertWeights
+    ) -> Tensor:
+        dispatch = order_by_expert(expert_index, self.num_experts, kept)
+        hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
+        return choose(self.backend, x, weights)(x, dispatch, gate, weights, hidden)
 
     def extra_repr(self) -> str:
-        num_experts, embed_dim, ffn_embed_dim = self.weight1.shape
+        num_experts, ffn_embed_dim, embed_dim = self.weight1.shape
         return f"num_experts={num_experts}, {embed_dim} -> {ffn_embed_dim} -> {embed_dim}, dropout={self.dropout}"

@@ -1,4 +1,4 @@
-"""Order tokens by expert, and add the experts' outputs up again.
+"""Order assignments by expert.
 
 Dimensions: T tokens, D model, E experts, K experts per token, N = T K assignments.
 """
@@ -16,8 +16,12 @@ class Dispatch(NamedTuple):
     """(N,) int64: which assignment, an index into the flattened (T, K), stands at each place."""
     token: Tensor
     """(N,) int64: the token of the assignment at each place."""
+    expert: Tensor
+    """(N,) int64: the expert of the assignment at each place; E where it is not carried out."""
     ends: Tensor
     """(E,) int64: expert i has the places ends[i - 1] to ends[i] - 1; ends[E - 1] are carried out."""
+    is_whole: bool
+    """Whether all assignments are known to be carried out, so that the last end is N."""
 
 
 def order_by_expert(expert_index: Tensor, num_experts: int, kept: Optional[Tensor] = None) -> Dispatch:
@@ -32,12 +36,4 @@ def order_by_expert(expert_index: Tensor, num_experts: int, kept: Optional[Tenso
     experts = torch.arange(num_experts, device=expert_index.device)
     ends = torch.searchsorted(sorted_N, experts, right=True)
     token = order.div(expert_index.size(1), rounding_mode="floor")
-    return Dispatch(order, token, ends)
-
-
-def combine(outputs: Tensor, dispatch: Dispatch, gate: Tensor, num_tokens: int) -> Tensor:
-    """Sum the (n, D) outputs of the n assignments carried out, each times its gate, at their tokens: (T, D)."""
-    n = outputs.size(0)
-    weight = gate.reshape(-1)[dispatch.order[:n]].to(outputs.dtype)
-    combined = outputs.new_zeros(num_tokens, outputs.size(1))
-    return combined.index_add(0, dispatch.token[:n], outputs * weight[:, None])
+    return Dispatch(order, token, sorted_N, ends, kept is None)

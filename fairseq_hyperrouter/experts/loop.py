@@ -1,24 +1,15 @@
-"""Multiply sorted tokens with one expert after the other: plain autograd, any device and dtype."""
-
-from typing import Callable
+"""One expert after the other in plain autograd: any device and dtype, differentiable twice, the shortest to read."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Dispatch, combine
-from .weights import ExpertWeights
+from .dispatch import Dispatch
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
-def expert_loop(
-    x: Tensor,
-    dispatch: Dispatch,
-    gate: Tensor,
-    weights: ExpertWeights,
-    activation: Callable[[Tensor], Tensor],
-    dropout: float,
-) -> Tensor:
-    """Sum over a token's assignments of gate * W2 dropout(activation(x W1 + b1)) + b2: (T, D) -> (T, D).
+def expert_loop(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Sum over a token's assignments of gate * (W2 dropout(activation(W1 x + b1)) + b2): (T, D) -> (T, D).
 
     1. Gather x once, in the order of the experts.
     2. Run each expert on its rows. ``unbind`` keeps every expert in the autograd graph, so one that got
@@ -27,9 +18,12 @@ def expert_loop(
     """
     ends = dispatch.ends.tolist()
     rows_per_expert = [end - start for start, end in zip([0, *ends], ends)]
-    gathered = x.index_select(0, dispatch.token[: ends[-1]])
+    token = dispatch.token[: ends[-1]]
     outputs = []
-    for rows, weight1, bias1, weight2, bias2 in zip(gathered.split(rows_per_expert), *(w.unbind() for w in weights)):
-        hidden = F.dropout(activation(F.linear(rows, weight1.t(), bias1)), dropout)
-        outputs.append(F.linear(hidden, weight2.t(), bias2))
-    return combine(torch.cat(outputs), dispatch, gate, x.size(0))
+    rows = x.index_select(0, token).split(rows_per_expert)
+    for expert_rows, weight1, bias1, weight2, bias2 in zip(rows, *(weight.unbind() for weight in weights)):
+        activated = F.dropout(hidden.activation(F.linear(expert_rows, weight1, bias1)), hidden.dropout)
+        outputs.append(F.linear(activated, weight2, bias2))
+    gate_n = gate.reshape(-1)[dispatch.order[: ends[-1]]]
+    y = x.new_zeros(x.shape, dtype=sum_dtype(x))
+    return y.index_add(0, token, torch.cat(outputs).to(y.dtype) * gate_n[:, None].to(y.dtype)).to(x.dtype)

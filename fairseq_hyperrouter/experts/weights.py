@@ -1,18 +1,32 @@
 """What every backend multiplies with."""
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class ExpertWeights(NamedTuple):
-    """The stacked weights of E experts, D -> F -> D; x W1 + b1, so no transposes."""
+    """The stacked weights of E experts, D -> F -> D, each as ``nn.Linear`` holds it: W1 x + b1, W2 h + b2."""
 
     weight1: Tensor
-    """(E, D, F)"""
+    """(E, F, D)"""
     bias1: Tensor
     """(E, F)"""
     weight2: Tensor
-    """(E, F, D)"""
+    """(E, D, F)"""
     bias2: Tensor
     """(E, D)"""
+
+
+class Hidden(NamedTuple):
+    """What happens between the two products of an expert."""
+
+    activation: Callable[[Tensor], Tensor]
+    dropout: float
+    """Probability of dropping a hidden unit in this call."""
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """In which a token's expert outputs are added up: float32 where they are shorter, whatever k is."""
+    return torch.promote_types(x.dtype, torch.float32)

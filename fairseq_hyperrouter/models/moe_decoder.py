@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig
@@ -187,10 +188,12 @@ def build_moe_layer(moe: MoEConfig, cfg: TransformerConfig, number: int, lower: 
             ROUTERS[moe.moe_router].from_config(moe, cfg.decoder.embed_dim, lower),
             moe.moe_ffn_embed_dim or cfg.decoder.ffn_embed_dim,
             top_k=moe.moe_top_k,
-            activation=utils.get_activation_fn(cfg.activation_fn),
+            # stock's "gelu" is this one in float32, which this one computes in anyway
+            activation=F.gelu if cfg.activation_fn == "gelu" else utils.get_activation_fn(cfg.activation_fn),
             activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
             capacity_factor=moe.moe_capacity_factor,
             shared_experts=moe.moe_shared_experts,
+            backend=moe.moe_backend,
         )
         torch.manual_seed(place(1))
         if layer.shared_experts is not None:

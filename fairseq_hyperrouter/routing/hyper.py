@@ -97,6 +97,8 @@ class HyperRouter(Router):
         self.hypernetwork = hypernetwork
         self.embedding = nn.Parameter(torch.empty(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
+        self._inference = False
+        self._generated: Optional[Tuple[Tensor, Tensor]] = None
         self.reset_parameters()
 
     @classmethod
@@ -129,4 +131,30 @@ class HyperRouter(Router):
         return weight, bias.squeeze(1)
 
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
-        return F.linear(x, *self.generate(x.dtype))
+        if not self._inference:
+            return F.linear(x, *self.generate(x.dtype))
+        if self._generated is None or self._generated[0].dtype != x.dtype:
+            with torch.no_grad():
+                self._generated = self.generate(x.dtype)
+        return F.linear(x, *self._generated)
+
+    def make_generation_fast_(self, **_: Any) -> None:
+        """Generate the weights once from now on; fairseq calls this where a model is only used for inference.
+
+        At one token a step generating them would cost more than all experts. New weights, another device or
+        another dtype make them be generated anew.
+        """
+        self._inference = True
+
+    def train(self, mode: bool = True) -> "HyperRouter":
+        if mode:
+            self._inference, self._generated = False, None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "HyperRouter":
+        self._generated = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._generated = None
+        super()._load_from_state_dict(*args, **kwargs)

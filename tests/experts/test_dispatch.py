@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_hyperrouter.experts.dispatch import combine, order_by_expert
+from fairseq_hyperrouter.experts.dispatch import order_by_expert
 
 
 @st.composite
@@ -28,24 +28,7 @@ def test_order(drawn):
     expected = sorted(range(size), key=lambda n: experts[n] if is_kept[n] else num_experts)
     assert dispatch.order.tolist() == expected
     assert dispatch.token.tolist() == [n // top_k for n in expected]
+    carried_out = [experts[n] if is_kept[n] else num_experts for n in expected]
+    assert dispatch.expert.tolist() == carried_out and dispatch.is_whole == (kept is None)
     counts = [sum(e == expert and k for e, k in zip(experts, is_kept)) for expert in range(num_experts)]
     assert dispatch.ends.tolist() == [sum(counts[: expert + 1]) for expert in range(num_experts)]
-
-
-@settings(max_examples=30, deadline=None)
-@given(assignments())
-def test_combine_undoes_the_order(drawn):
-    index, num_experts, kept = drawn
-    num_tokens = index.size(0)
-    dispatch = order_by_expert(index, num_experts, kept)
-    outputs = torch.randn(dispatch.ends[-1], 3, dtype=torch.float64)
-    gate = torch.rand(index.shape, dtype=torch.float64)
-    y = torch.zeros(num_tokens, 3, dtype=torch.float64)
-    for place, out in enumerate(outputs):
-        y[dispatch.token[place]] += gate.flatten()[dispatch.order[place]] * out
-    torch.testing.assert_close(combine(outputs, dispatch, gate, num_tokens), y)
-
-
-def test_combine_in_the_dtype_of_the_outputs():
-    dispatch = order_by_expert(torch.tensor([[0, 1]]), 2)
-    assert combine(torch.ones(2, 3).bfloat16(), dispatch, torch.ones(1, 2), 1).dtype == torch.bfloat16

@@ -36,6 +36,25 @@ def test_same_weights_in_evaluation_and_after_loading(init_std):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def test_inference_generates_once(monkeypatch):
+    router, x, calls = HyperRouter(8, 4).eval(), torch.randn(3, 8), []
+    generate = HyperRouter.generate
+    monkeypatch.setattr(HyperRouter, "generate", lambda self, *dtype: calls.append(dtype) or generate(self, *dtype))
+    expected = router(x, RoutingContext(2)).logits
+    router.make_generation_fast_()
+    calls.clear()
+    assert all(torch.equal(router(x, RoutingContext(2)).logits, expected) for _ in range(3))
+    assert len(calls) == 1
+
+    other = HyperRouter(8, 4)
+    router.load_state_dict(other.state_dict())
+    assert torch.equal(router(x, RoutingContext(2)).logits, other(x, RoutingContext(2)).logits)
+    router.double()
+    assert router(x.double(), RoutingContext(2)).logits.dtype == torch.float64
+    router.train()
+    assert router(x.double(), RoutingContext(2)).logits.requires_grad
+
+
 def test_generated_std_at_the_papers_sizes():
     stds = []
     for seed in range(8):

@@ -1,0 +1,62 @@
+"""Which of the implementations computes the experts: the one seam between them and the rest of the package."""
+
+import logging
+from typing import Callable, Dict, Set, Tuple
+
+import torch
+from torch import Tensor
+
+from fairseq_hyperrouter.errors import UserError
+
+from .dispatch import Dispatch
+from .grouped import expert_blocks, expert_grouped
+from .loop import expert_loop
+from .runs import expert_runs
+from .weights import ExpertWeights, Hidden
+
+logger = logging.getLogger(__name__)
+
+Backend = Callable[[Tensor, Dispatch, Tensor, ExpertWeights, Hidden], Tensor]
+"""(x (T, D), dispatch, gate (T, K), weights, hidden) -> y (T, D)"""
+
+BACKENDS: Dict[str, Backend] = {
+    "runs": expert_runs,
+    "grouped": expert_grouped,
+    "blocks": expert_blocks,
+    "loop": expert_loop,
+}
+AUTO = "auto"
+
+
+def check_backend(option: str, name: str) -> None:
+    """Raise a UserError (a ValueError) when *name* is neither a backend nor "auto"."""
+    if name not in (AUTO, *BACKENDS):
+        raise UserError(f"{option} {name!r}: choose from {', '.join((AUTO, *BACKENDS))}")
+
+
+def choose(name: str, x: Tensor, weights: ExpertWeights) -> Backend:
+    """The backend called *name*; for "auto" the one that was fastest for the device, dtype and shape of *x*."""
+    chosen = _fastest(x, weights) if name == AUTO else name
+    _log_once(chosen, x)
+    return BACKENDS[chosen]
+
+
+def _fastest(x: Tensor, weights: ExpertWeights) -> str:
+    if x.device.type == "cpu":
+        return "runs"
+    if x.device.type != "cuda":
+        return "loop"
+    # Elsewhere torch's grouped_mm copies the counts to the host and loops; its rows must be multiples of 16 bytes.
+    fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    aligned = weights.weight1.size(1) % 8 == weights.weight1.size(2) % 8 == 0
+    return "grouped" if fast and aligned and hasattr(torch.nn.functional, "grouped_mm") else "blocks"
+
+
+_logged: Set[Tuple[str, str, torch.dtype]] = set()
+
+
+def _log_once(name: str, x: Tensor) -> None:
+    what = (name, x.device.type, x.dtype)
+    if what not in _logged:
+        _logged.add(what)
+        logger.info(f"experts are computed by the backend {name} ({x.device.type}, {str(x.dtype)[6:]})")

@@ -1,0 +1,95 @@
+"""Products of sorted rows with the weights of their experts, without a look at how many rows each expert has.
+
+Dimensions: N rows, E experts, I and O the sizes of a weight.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import Dispatch
+
+BLOCK_ROWS = 128
+
+
+class Products(ABC):
+    """What the backends for GPUs multiply with. Rows that are not carried out give 0 and are not looked at."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self.num_experts = dispatch.ends.numel()
+        self.experts = torch.arange(self.num_experts, device=dispatch.ends.device)
+        self.expert = dispatch.expert
+        self.skipped: Optional[Tensor] = None
+        """(N, 1) bool, True for rows not carried out; None when there are none."""
+        if not dispatch.is_whole:
+            self.skipped = (dispatch.expert == self.num_experts)[:, None]
+
+    @abstractmethod
+    def rows(self, a: Tensor, weight: Tensor) -> Tensor:
+        """a (N, I) and weight (E, I, O) -> (N, O): each row times the weight of its expert."""
+
+    @abstractmethod
+    def weights(self, a: Tensor, b: Tensor) -> Tensor:
+        """a (N, I) and b (N, O) -> (E, I, O): for each expert, its rows of a, transposed, times those of b."""
+
+    def sums(self, a: Tensor) -> Tensor:
+        """a (N, O) -> (E, O): for each expert, the sum of its rows. A product, since atomic sums differ run by run."""
+        return (self.experts[:, None] == self.expert).to(a.dtype) @ a
+
+    def _cleaned(self, product: Tensor) -> Tensor:
+        return product if self.skipped is None else product.masked_fill_(self.skipped, 0)
+
+
+class GroupedProducts(Products):
+    """``torch.nn.functional.grouped_mm``; rows after the last expert's it leaves as they were in memory."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__(dispatch)
+        self.offs = dispatch.ends.int()
+
+    def rows(self, a: Tensor, weight: Tensor) -> Tensor:
+        return self._cleaned(F.grouped_mm(a, weight, offs=self.offs))
+
+    def weights(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a.t(), b, offs=self.offs)
+
+
+class BlockProducts(Products):
+    """Batched products of blocks of rows that belong to one expert, each expert's last block filled up with zeros.
+
+    N // BLOCK_ROWS + E blocks are enough however the rows are divided, so no count has to be known on the host.
+    """
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__(dispatch)
+        N = dispatch.order.numel()
+        rows = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1))
+        self.blocks = (rows + BLOCK_ROWS - 1).div(BLOCK_ROWS, rounding_mode="floor")  # of each expert
+        last_blocks = self.blocks.cumsum(0)
+        self.num_blocks = N // BLOCK_ROWS + self.num_experts
+        all_blocks = torch.arange(self.num_blocks, device=rows.device)
+        self.block_expert = torch.searchsorted(last_blocks, all_blocks, right=True).clamp_(max=self.num_experts - 1)
+        shift = (last_blocks - self.blocks) * BLOCK_ROWS - (dispatch.ends - rows)
+        places = torch.arange(N, device=rows.device)
+        # rows not carried out share one place after all blocks
+        shift = torch.cat([shift, shift.new_zeros(1)])
+        self.slot = places + shift.index_select(0, dispatch.expert)
+        if self.skipped is not None:
+            self.slot.masked_fill_(self.skipped[:, 0], self.num_blocks * BLOCK_ROWS)
+
+    def _blocks(self, a: Tensor) -> Tensor:
+        """(N, I) -> (blocks, BLOCK_ROWS, I)"""
+        filled = a.new_zeros(self.num_blocks * BLOCK_ROWS + 1, a.size(1)).index_copy_(0, self.slot, a)
+        return filled[:-1].view(self.num_blocks, BLOCK_ROWS, -1)
+
+    def rows(self, a: Tensor, weight: Tensor) -> Tensor:
+        product = torch.bmm(self._blocks(a), weight.index_select(0, self.block_expert)).flatten(0, 1)
+        slot = self.slot if self.skipped is None else self.slot.clamp(max=len(product) - 1)
+        return self._cleaned(product.index_select(0, slot))
+
+    def weights(self, a: Tensor, b: Tensor) -> Tensor:
+        of_blocks = torch.bmm(self._blocks(a).transpose(1, 2), self._blocks(b))
+        return torch.segment_reduce(of_blocks, "sum", lengths=self.blocks, axis=0, unsafe=True, initial=0)

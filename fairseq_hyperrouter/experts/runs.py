@@ -1,0 +1,106 @@
+"""The backend for CPUs: sorted tokens, one expert's run of rows after the other, the backward pass written out.
+
+Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments, n rows of one run.
+
+Why not plain autograd: an expert's products are small, so what lies around them counts. Here
+
+- the hidden rows are all that is kept; x is gathered again in the backward pass, cheaper than keeping N rows of it;
+- the gradient of a gate needs no expert output, since sum_d dy_d (W2 h)_d = sum_f (W2^T dy)_f h_f;
+- weight gradients are written into their place in the stacked tensor;
+- everything else is done in place, on rows that are still in the cache.
+"""
+
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .activation import with_gradient
+from .dispatch import Dispatch
+from .weights import ExpertWeights, Hidden, sum_dtype
+
+
+def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Sum over a token's assignments of gate * (W2 dropout(activation(W1 x + b1)) + b2): (T, D) -> (T, D)."""
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate, *weights))
+    return _ExpertRuns.apply(x, gate, *weights, dispatch, hidden, trains)
+
+
+class _ExpertRuns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        dispatch: Dispatch,
+        hidden: Hidden,
+        trains: bool,
+    ) -> Tensor:
+        activation = with_gradient(hidden.activation)
+        gate_N = gate.reshape(-1)[dispatch.order]
+        y = x.new_zeros(x.shape, dtype=sum_dtype(x))
+        kept: List[Tensor] = []
+        masks: List[Tensor] = []
+        for rows, expert in _runs(dispatch):
+            token = dispatch.token[rows]
+            before = torch.addmm(bias1[expert], x.index_select(0, token), weight1[expert].t())
+            activated = activation.apply(before)
+            if hidden.dropout:
+                masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
+                activated = activated * masks[-1]
+            if trains:
+                kept.append(activated if activation.keeps_output else before)
+            output = torch.addmm(bias2[expert], activated, weight2[expert].t())
+            y.index_add_(0, token, output.to(y.dtype).mul_(gate_N[rows, None]))
+        if trains:
+            ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
+            ctx.dispatch, ctx.activation, ctx.gate_shape = dispatch, activation, gate.shape
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, gate_N, weight1, weight2, bias2, *kept = ctx.saved_tensors
+        runs = _runs(ctx.dispatch)
+        kept, masks = kept[: len(runs)], kept[len(runs) :]
+        dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
+        dweight1, dweight2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        dbias1, dbias2 = weight1.new_empty(weight1.shape[:2]), torch.empty_like(bias2)
+        for place, (rows, expert) in enumerate(runs):
+            token, gate = ctx.dispatch.token[rows], gate_N[rows, None]
+            activated = kept[place]
+            if not ctx.activation.keeps_output:
+                activated = ctx.activation.apply(activated)
+                if masks:
+                    activated = activated * masks[place]
+            doutput = dy.index_select(0, token)
+            dhidden = doutput @ weight2[expert]
+            dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))
+            dgate_N[rows] += doutput @ bias2[expert]
+            doutput.mul_(gate)
+            torch.mm(doutput.t(), activated, out=dweight2[expert])
+            torch.sum(doutput, 0, out=dbias2[expert])
+            dhidden.mul_(gate)
+            if masks:
+                dhidden.mul_(masks[place])
+            dhidden = ctx.activation.backward(dhidden, kept[place])
+            torch.mm(dhidden.t(), x.index_select(0, token), out=dweight1[expert])
+            torch.sum(dhidden, 0, out=dbias1[expert])
+            dx.index_add_(0, token, (dhidden @ weight1[expert]).to(dx.dtype))
+        for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
+            for gradient in (dweight1, dbias1, dweight2, dbias2):
+                gradient[expert].zero_()  # torch DDP would stop at a missing one
+        dgate = torch.empty_like(dgate_N)
+        dgate[ctx.dispatch.order] = dgate_N
+        return dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2, None, None, None
+
+
+def _runs(dispatch: Dispatch) -> List[Tuple[slice, int]]:
+    """The rows of each expert that has any, and its number."""
+    ends = dispatch.ends.tolist()
+    starts = [0, *ends]
+    return [(slice(start, end), expert) for expert, (start, end) in enumerate(zip(starts, ends)) if end > start]
