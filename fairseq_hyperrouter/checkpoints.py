@@ -3,6 +3,8 @@
 import argparse
 import logging
 import os
+import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -28,8 +30,8 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     path = Path(checkpoint_cfg.save_dir, "checkpoint_last.pt")
     if checkpoint_cfg.restore_file != "checkpoint_last.pt":
         path = Path(checkpoint_cfg.restore_file)
-    elif not path.exists() and checkpoint_cfg.finetune_from_model:
-        path = Path(checkpoint_cfg.finetune_from_model)
+    elif not path.exists():
+        path = Path(checkpoint_cfg.continue_once or checkpoint_cfg.finetune_from_model or path)
     if not path.exists():
         if path != Path(checkpoint_cfg.save_dir, "checkpoint_last.pt"):
             raise UserError(f"checkpoint {path}: no such file")
@@ -39,12 +41,28 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     return path
 
 
-def check_whole(path: Path) -> None:
-    """Raise a UserError when there is no file at *path*, or a truncated one."""
+def check_readable(path: Path) -> None:
+    """Raise a UserError when there is no file at *path*, or none that fairseq's trainer wrote."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
+    reason = unreadable(path)
+    if reason is not None:
+        raise UserError(f"cannot read checkpoint {path}: {reason}")
+
+
+def unreadable(path: Path) -> Optional[str]:
+    """Why the file at *path* cannot be read as a checkpoint of fairseq's trainer; None when it can."""
     if not zipfile.is_zipfile(path):
-        raise UserError(f"cannot read checkpoint {path}: truncated, or not a checkpoint")
+        return "truncated, or not a checkpoint"
+    try:
+        state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:
+        return "truncated, or not a checkpoint"
+    except pickle.UnpicklingError:
+        return "it holds objects that are neither tensors nor plain values"
+    if not (isinstance(state, dict) and "model" in state and (state.get("cfg") or state.get("args"))):
+        return "it was not written by fairseq's trainer"
+    return None
 
 
 def _replace_truncated(path: Path) -> None:
@@ -78,6 +96,7 @@ def check_same_model(path: Path, model_cfg: Any) -> None:
 
 def read_model_cfg(path: Path) -> Dict[str, Any]:
     """The model options that a checkpoint was trained with; its tensors are not read from disk."""
+    check_readable(path)
     state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     return (state.get("cfg") or {}).get("model") or {}
 
@@ -124,6 +143,10 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
                 for option, one, other in zip(options, found[name].shape, wanted[name].shape):
                     if one != other:
                         return f"{option}: {one} in the checkpoint, {other} in the model"
+    layers = [{int(name) for name in re.findall(r"layers\.(\d+)\.moe\.", " ".join(state))} for state in (found, wanted)]
+    if layers[0] != layers[1]:
+        one, other = (",".join(map(str, sorted(numbers))) or "none" for numbers in layers)
+        return f"--moe-layers: {one} in the checkpoint, {other} in the model"
     routers = [_router_kind(state) for state in (found, wanted)]
     if routers[0] != routers[1]:
         return f"--moe-router: {routers[0]} in the checkpoint, {routers[1]} in the model"

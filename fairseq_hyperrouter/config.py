@@ -12,6 +12,8 @@ from .experts.backend import AUTO, check_backend
 from .routing import ROUTERS, TopKSchedule
 from .routing.router import GATE_SOFTMAX
 
+NO_LAYERS = "none"
+
 
 def parse_ints(option: str, value: str) -> Tuple[int, ...]:
     """The integers of a comma separated list; a UserError names the *option* when there are none."""
@@ -45,7 +47,8 @@ class MoEConfig(FairseqDataclass):
     moe_layers: Optional[str] = field(
         default=None,
         metadata={
-            "help": "the layers that have a MoE feed-forward, counted from 0, as in 0,1,2,3; instead of --moe-freq"
+            "help": "the layers that have a MoE feed-forward, counted from 0, as in 0,1,2,3, or none; "
+            "instead of --moe-freq"
         },
     )
     moe_ffn_embed_dim: Optional[int] = field(
@@ -138,6 +141,8 @@ class MoEConfig(FairseqDataclass):
         ):
             self._check_least(name, 1)
         self._check_least("moe_shared_experts", 0)
+        if _resolved(self.moe_top_k_schedule_updates, 0) < 0:
+            raise UserError(f"--moe-top-k-schedule-updates {self.moe_top_k_schedule_updates}: must be at least 0")
         for name in ("moe_router_init_std", "moe_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -157,7 +162,7 @@ class MoEConfig(FairseqDataclass):
         for layer in self.layer_numbers(num_layers):
             if not 0 <= layer < num_layers:
                 raise UserError(f"--moe-layers {self.moe_layers}: layers are numbered 0 to {num_layers - 1}")
-        if not self.layer_numbers(num_layers):
+        if not self.layer_numbers(num_layers) and self.moe_layers != NO_LAYERS:
             raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
 
     def _check_least(self, name: str, least: int) -> None:
@@ -189,6 +194,8 @@ class MoEConfig(FairseqDataclass):
 
     def layer_numbers(self, num_layers: int) -> FrozenSet[int]:
         """Which of the layers 0 .. num_layers - 1 have a MoE feed-forward."""
+        if self.moe_layers == NO_LAYERS:
+            return frozenset()
         if self.moe_layers is not None:
             return frozenset(parse_ints("--moe-layers", self.moe_layers))
         return frozenset(range(self.moe_freq - 1, num_layers, self.moe_freq))

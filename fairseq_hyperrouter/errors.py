@@ -7,11 +7,9 @@ is a bug, and keeps its traceback.
 
 import ast
 import os
-import pickle
 import re
 import sys
 import traceback
-import zipfile
 from types import TracebackType
 from typing import Any, Iterator, List, Optional, Type
 
@@ -74,16 +72,23 @@ def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
 
 
 def _explain_stock(error: BaseException) -> Optional[str]:
-    from omegaconf.errors import ValidationError
+    from omegaconf.errors import ConfigKeyError, ValidationError
 
     text = str(error)
-    if isinstance(error, ValidationError):
+    if isinstance(error, (ConfigKeyError, ValidationError)):
         option = str(error.full_key or "").rpartition(".")[2].replace("_", "-")
         return f"--{option}: {text.splitlines()[0]}"
+    if isinstance(error, ValueError) and text.startswith("Seed must be"):
+        return f"--seed: {text}"
+    registry = _local(error, "REGISTRY", None)
+    if isinstance(error, KeyError) and isinstance(registry, dict):
+        return f"{_local(error, 'registry_name', '')} {text}: choose from {', '.join(sorted(registry))}"
     if isinstance(error, OSError) and text.startswith("Model file not found"):
         return text
     if isinstance(error, ValueError) and text.startswith("Incorrect dictionary format"):
         return f"dict.txt of DATA is damaged: {text}"
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, PermissionError)):
+        return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, FileNotFoundError):
         if error.filename is None:
             return f"{text}; data folders are made by fairseq-preprocess"
@@ -95,9 +100,12 @@ def _explain_stock(error: BaseException) -> Optional[str]:
     if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError)):
         return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
     if "load_checkpoint_to_cpu" in where:
+        from .checkpoints import unreadable
+
         path = _local(error, "local_path", "")
-        if not _is_checkpoint(path):
-            return f"cannot read checkpoint {path}: truncated, or not a checkpoint"
+        reason = unreadable(path)
+        if reason is not None:
+            return f"cannot read checkpoint {path}: {reason}"
     if type(error) in (Exception, AssertionError, NotImplementedError, ValueError) and _said_by_fairseq(error):
         return text
     return None
@@ -108,19 +116,6 @@ def _said_by_fairseq(error: BaseException) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
     return package in ("fairseq", "fairseq_cli") and bool(str(error))
-
-
-def _is_checkpoint(path: str) -> bool:
-    """Whether *path* is a whole file, and of the kind that fairseq's trainer writes."""
-    if not zipfile.is_zipfile(path):
-        return False
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError):
-        return True  # it holds types that are not read: not for us to say
-    return isinstance(state, dict) and "model" in state
 
 
 def _explain_overrides(arguments: List[str]) -> Optional[str]:

@@ -3,6 +3,7 @@
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 """
 
+import math
 from typing import Callable, Optional, Tuple
 
 import torch.nn.functional as F
@@ -57,10 +58,10 @@ class MoELayer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise UserError(f"capacity_factor {capacity_factor}: must be greater than 0")
-        if shared_experts < 0:
-            raise UserError(f"shared_experts {shared_experts}: must be at least 0")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise UserError(f"capacity_factor {capacity_factor}: must be greater than 0, and finite")
+        if not isinstance(shared_experts, int) or shared_experts < 0:
+            raise UserError(f"shared_experts {shared_experts}: must be an integer, at least 0")
         self.router = router
         self.top_k = self._checked(top_k)
         self.capacity_factor = capacity_factor
@@ -71,7 +72,7 @@ class MoELayer(nn.Module):
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
 
     def _checked(self, top_k: int) -> int:
-        if not isinstance(top_k, int) or not 1 <= top_k <= self.router.num_experts:
+        if type(top_k) is not int or not 1 <= top_k <= self.router.num_experts:
             raise UserError(
                 f"top_k {top_k}: must be an integer between 1 and the number of experts ({self.router.num_experts})"
             )

@@ -1,8 +1,10 @@
 """Mistakes in stock fairseq's own options that it would answer with a traceback, or not at all."""
 
+import re
 from itertools import pairwise
-from typing import Any
+from typing import Any, Sequence
 
+from .checkpoints import check_same_model, restored_checkpoint
 from .config import parse_ints
 from .errors import UserError
 
@@ -14,7 +16,7 @@ def check_model_options(args: Any, num_symbols: int) -> None:
         args: the options of the model.
         num_symbols: in the dictionary.
     """
-    for name in ("decoder_embed_dim", "decoder_attention_heads", "decoder_layers"):
+    for name in ("decoder_embed_dim", "decoder_attention_heads"):
         if getattr(args, name) < 1:
             raise UserError(f"{_option(name)} {getattr(args, name)}: must be at least 1")
     for name in ("dropout", "attention_dropout", "activation_dropout", "decoder_layerdrop"):
@@ -27,13 +29,8 @@ def check_model_options(args: Any, num_symbols: int) -> None:
         )
     if args.share_decoder_input_output_embed:
         _check_same("--share-decoder-input-output-embed", args, "decoder_output_dim", "decoder_input_dim")
-    if args.decoder_layers_to_keep:
-        for number in parse_ints("--decoder-layers-to-keep", args.decoder_layers_to_keep):
-            if not 0 <= number < args.decoder_layers:
-                raise UserError(
-                    f"--decoder-layers-to-keep {args.decoder_layers_to_keep}: "
-                    f"layers are numbered 0 to {args.decoder_layers - 1}"
-                )
+    if args.decoder_layers < 1:
+        raise UserError(f"--decoder-layers {args.decoder_layers}: must be at least 1")
     _check_cutoff("adaptive_softmax_cutoff", args.adaptive_softmax_cutoff, num_symbols)
     if args.adaptive_input:
         if not args.adaptive_input_cutoff:
@@ -67,8 +64,24 @@ def _check_same(reason: str, args: Any, one: str, other: str) -> None:
         )
 
 
-def check_trainer_options(cfg: Any) -> None:
-    """Raise a UserError (a ValueError) for options of the whole *cfg* with which no update can be made."""
+def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
+    """Raise a UserError (a ValueError) for options of the whole *cfg* with which a training cannot go well.
+
+    Args:
+        top_ks: the numbers of experts that the task validates with.
+    """
+    _check_trainer(cfg)
+    name = cfg.checkpoint.best_checkpoint_metric
+    match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
+    if match and int(match[2]) not in top_ks:
+        raise UserError(f"--best-checkpoint-metric {name}: needs --task hyperrouter --valid-top-k {int(match[2])}")
+    if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads
+        restored = restored_checkpoint(cfg.checkpoint)
+        if restored is not None:
+            check_same_model(restored, cfg.model)
+
+
+def _check_trainer(cfg: Any) -> None:
     if min(cfg.optimization.update_freq, default=1) < 1:
         raise UserError(f"--update-freq {cfg.optimization.update_freq[0]}: must be at least 1")
     for name in ("batch_size", "max_tokens"):

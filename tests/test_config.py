@@ -20,7 +20,7 @@ BAD = [
     ({"moe_top_k_start": 0}, r"--moe-top-k-start 0: must be an integer between 1"),
     ({"moe_top_k_schedule": "up"}, r"--moe-top-k-schedule 'up': choose from constant, linear"),
     ({"moe_top_k_schedule": "linear"}, r"--moe-top-k-schedule linear: .*--moe-top-k-schedule-updates to at least 1"),
-    ({"moe_top_k_schedule": "elastic", "moe_top_k_choices": "1,3"}, r"--moe-top-k-choices 1,3: .* 1 and --moe-top-k"),
+    ({"moe_top_k_schedule": "elastic", "moe_top_k_choices": "1,3"}, r"--moe-top-k-choices 1,3: .* 1 to --moe-top-k"),
     (
         {"moe_top_k_choices": "few", "moe_top_k_schedule": "elastic"},
         r"--moe-top-k-choices 'few': must be integers separated by commas",

@@ -183,7 +183,7 @@ def test_top_k_of_one_call():
         ({"top_k": 17}, r"top_k 17: must be an integer between 1 and"),
         ({"capacity_factor": 0.0}, r"capacity_factor 0.0: must be greater than 0"),
         ({"capacity_factor": float("nan")}, r"capacity_factor nan: must be greater than 0"),
-        ({"shared_experts": -1}, r"shared_experts -1: must be at least 0"),
+        ({"shared_experts": -1}, r"shared_experts -1: must be an integer, at least 0"),
     ],
 )
 def test_errors(options, message):

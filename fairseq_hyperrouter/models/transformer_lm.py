@@ -18,14 +18,16 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import check_whole, shape_difference
+from fairseq_hyperrouter.checkpoints import check_readable, shape_difference
 from fairseq_hyperrouter.compat import mend_config
-from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
 from fairseq_hyperrouter.data_folder import check_folders
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
-from fairseq_hyperrouter.stock_options import check_model_options
+from fairseq_hyperrouter.stock_options import check_model_options, check_training
 
 from .moe_decoder import MoEDecoder
+
+TRAINING_COMMANDS = ("train", "hydra_train")
 
 
 @dataclass
@@ -47,12 +49,10 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
         check_model_options(args, len(task.source_dictionary))
-        if args.decoder_layers_to_keep:  # as stock, and the MoE layers are numbered anew like all layers
-            kept = sorted(int(number) for number in args.decoder_layers_to_keep.split(","))
-            moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
-            args.decoder_layers = len(kept)
-            args.moe_freq = 1
-            args.moe_layers = ",".join(str(new) for new, old in enumerate(kept) if old in moe)
+        if running_command() in TRAINING_COMMANDS and not hasattr(task, "valid_top_k"):  # a stock task
+            check_training(args._get_parent())
+        if args.decoder_layers_to_keep:
+            _keep_layers(args)
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
         # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
@@ -80,8 +80,9 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             UserError (a ValueError): a file or folder that is missing, a truncated checkpoint, an unknown MoE option.
         """
         check_override_names("from_pretrained", kwargs)
-        for file in checkpoint_file.split(os.pathsep):
-            check_whole(Path(model_name_or_path, file))
+        # An archive is stock's to unpack.
+        for file in checkpoint_file.split(os.pathsep) if os.path.isdir(model_name_or_path) else ():
+            check_readable(Path(model_name_or_path, file))
         if not data_name_or_path.startswith("."):
             check_folders(data_name_or_path)
         return super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
@@ -125,6 +126,22 @@ def check_override_names(where: str, overrides: Dict[str, Any]) -> None:
         if name.startswith("moe_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"{where} {name}: no such option" + (f", {near[0]}?" if near else ""))
+
+
+def _keep_layers(args: Any) -> None:
+    """As stock, leave ``decoder_layers_to_keep`` alone; the MoE layers are numbered anew like all layers."""
+    kept = sorted(set(parse_ints("--decoder-layers-to-keep", args.decoder_layers_to_keep)))
+    # The options of a checkpoint that was trained so hold the number of layers that were kept.
+    is_done = running_command() not in TRAINING_COMMANDS and len(kept) == args.decoder_layers
+    if kept[0] < 0 or (kept[-1] >= args.decoder_layers and not is_done):
+        last = args.decoder_layers - 1
+        raise UserError(f"--decoder-layers-to-keep {args.decoder_layers_to_keep}: layers are numbered 0 to {last}")
+    if is_done:
+        return
+    moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
+    args.decoder_layers = len(kept)
+    args.moe_freq = 1
+    args.moe_layers = ",".join(str(new) for new, old in enumerate(kept) if old in moe) or NO_LAYERS
 
 
 def _paper_size(args: Any, layers: int) -> None:

@@ -3,6 +3,7 @@
 Dimensions: T tokens, D model, E experts, K experts per token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Type, TypeVar
 
@@ -16,8 +17,8 @@ GATE_SOFTMAX = ("selected", "all")
 
 def check_init_std(init_std: Optional[float]) -> None:
     """Raise a UserError when *init_std* is given and not positive."""
-    if init_std is not None and not init_std > 0:
-        raise UserError(f"router init_std {init_std}: must be greater than 0")
+    if init_std is not None and not 0 < init_std < math.inf:
+        raise UserError(f"router init_std {init_std}: must be greater than 0, and finite")
 
 
 class RoutingContext(NamedTuple):

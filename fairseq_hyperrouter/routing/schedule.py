@@ -78,16 +78,16 @@ class TopKSchedule:
         if self.per not in ELASTIC_PER:
             raise UserError(f"--moe-elastic-per {self.per!r}: choose from {', '.join(ELASTIC_PER)}")
         for argument, k in (("--moe-top-k", self.end), ("--moe-top-k-start", self.start)):
-            if k < 1:
-                raise UserError(f"{argument} {k}: must be at least 1")
+            if not isinstance(k, int) or k < 1:
+                raise UserError(f"{argument} {k}: must be an integer, at least 1")
         if self.needs_updates and self.updates < 1:
             raise UserError(
                 f"--moe-top-k-schedule {self.name}: needs to know the number of updates, "
                 "set --max-update or --moe-top-k-schedule-updates to at least 1"
             )
-        if self.name == "elastic" and not all(1 <= k <= self.end for k in self._choices):
+        if self.name == "elastic" and not all(isinstance(k, int) and 1 <= k <= self.end for k in self._choices):
             drawn = ",".join(map(str, self._choices))
-            raise UserError(f"--moe-top-k-choices {drawn}: each must be between 1 and --moe-top-k ({self.end})")
+            raise UserError(f"--moe-top-k-choices {drawn}: each must be an integer from 1 to --moe-top-k ({self.end})")
 
     @property
     def needs_updates(self) -> bool:

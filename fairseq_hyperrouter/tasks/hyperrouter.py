@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -11,12 +10,11 @@ from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
-from fairseq_hyperrouter.checkpoints import check_same_model, restored_checkpoint
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.stock_options import check_trainer_options
+from fairseq_hyperrouter.stock_options import check_training
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 
 
@@ -52,7 +50,7 @@ class HyperRouterTask(LanguageModelingTask):
 
     def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
         super().__init__(args, dictionary, output_dictionary, targets)
-        self.valid_top_k = parse_ints("--valid-top-k", args.valid_top_k) if args.valid_top_k else ()
+        self.valid_top_k = parse_ints("--valid-top-k", args.valid_top_k) if args.valid_top_k is not None else ()
         if args.token_unit not in TOKEN_UNITS:
             raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
@@ -68,21 +66,19 @@ class HyperRouterTask(LanguageModelingTask):
         if args.data:
             check_folders(args.data)
         if args.tokens_per_sample < 1:
-            raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must be at least 1")
+            raise UserError(f"--tokens-per-sample {args.tokens_per_sample} (less --context-window): must be at least 1")
         mend_config(args)
         return super().setup_task(args, **kwargs)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
         if cfg is not None and not from_checkpoint:
-            check_trainer_options(cfg)
+            check_training(cfg, self.valid_top_k)
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
-            if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads
-                restored = restored_checkpoint(cfg.checkpoint)
-                if restored is not None:
-                    check_same_model(restored, args)
         model = super().build_model(args, from_checkpoint)
+        if from_checkpoint:  # --valid-top-k is then that of its training
+            return model
         if self.valid_top_k and not hasattr(model, "at_top_k"):
             raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
         if self.valid_top_k:
@@ -100,9 +96,7 @@ class HyperRouterTask(LanguageModelingTask):
         per_k = [f"{metric}_k{top_k}" for top_k in self.valid_top_k for metric in ("loss", "ppl", "bpc")]
         logged = ["loss", "ppl", "bpc", *(["nll_loss"] if sentence_avg else []), *per_k]
         if name not in logged:
-            match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
-            hint = f"; --valid-top-k must list {match[2]}" if match else ""
-            raise UserError(f"--best-checkpoint-metric {name}: choose from {', '.join(logged)}{hint}")
+            raise UserError(f"--best-checkpoint-metric {name}: choose from {', '.join(logged)}")
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         paths = utils.split_paths(self.args.data)

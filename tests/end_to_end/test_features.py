@@ -150,7 +150,7 @@ def test_moe_options(data, deep):
     assert evaluate(data, folder / "checkpoint_last.pt")["loss"] < entries[0]["loss"]
 
 
-@pytest.mark.parametrize("keep", ["0,1", "1,3", "2,3"])
+@pytest.mark.parametrize("keep", ["0,1", "0,2", "1,3", "2,3"])
 def test_layers_to_keep(data, deep, keep):
     """Pruning at evaluation takes the layers that were asked for, those with experts with theirs."""
     checkpoint = deep[0] / "checkpoint_last.pt"

@@ -250,6 +250,14 @@ def test_errors(options, message):
         tiny_model(**options)
 
 
+def test_what_was_trained_with_layers_to_keep():
+    """The options of such a checkpoint hold the new number of layers, the new MoE layers, and the old list."""
+    options = {"decoder_layers": 4, "moe_layers": "2", "decoder_layers_to_keep": "0,2"}
+    trained = {**options, "decoder_layers": 2, "moe_layers": "1"}
+    assert [hasattr(layer, "moe") for layer in tiny_model(**options).decoder.layers] == [False, True]
+    assert [hasattr(layer, "moe") for layer in tiny_model(**trained).decoder.layers] == [False, True]
+
+
 @pytest.mark.parametrize("size, layers", [("small", 4), ("medium", 8), ("large", 18)])
 def test_sizes_of_the_paper(size, layers):
     architecture = ARCH_CONFIG_REGISTRY[f"transformer_lm_hyperrouter_{size}"]
@@ -268,12 +276,16 @@ def test_sizes_of_the_paper(size, layers):
     [
         ({"checkpoint_file": "missing.pt"}, "checkpoint .*missing.pt: no such file"),
         ({"checkpoint_file": "text.pt"}, "cannot read checkpoint .*text.pt: truncated, or not a checkpoint"),
+        ({"checkpoint_file": "list.pt"}, "cannot read checkpoint .*list.pt: it was not written by fairseq's trainer"),
+        ({"checkpoint_file": "module.pt"}, "cannot read checkpoint .*module.pt: it holds objects that are neither"),
         ({"data_name_or_path": "nowhere"}, "DATA nowhere: no such folder"),
         ({"moe_eval_topk": 1}, r"from_pretrained moe_eval_topk: no such option, moe_eval_top_k\?"),
     ],
 )
 def test_from_pretrained_says_what_is_wrong(tmp_path, arguments, message):
     (tmp_path / "text.pt").write_text("no checkpoint")
-    torch.save({}, tmp_path / "model.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    torch.save({"model": {}, "cfg": {"model": {}}}, tmp_path / "model.pt")
     with pytest.raises(UserError, match=message):
         HyperRouterLanguageModel.from_pretrained(str(tmp_path), **arguments)

@@ -107,9 +107,9 @@ def test_elastic_draws_every_choice_alike(choices):
         ({"name": "steps", "updates": -1}, r"--moe-top-k-schedule steps: .* at least 1"),
         (
             {"name": "elastic", "end": 4, "choices": [1, 5]},
-            r"--moe-top-k-choices 1,5: each must be between 1 and --moe-top-k \(4\)",
+            r"--moe-top-k-choices 1,5: each must be an integer from 1 to --moe-top-k \(4\)",
         ),
-        ({"name": "elastic", "choices": [0]}, r"--moe-top-k-choices 0: each must be between 1"),
+        ({"name": "elastic", "choices": [0]}, r"--moe-top-k-choices 0: each must be an integer from 1"),
     ],
 )
 def test_errors(options, message):
