@@ -134,7 +134,7 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
             "embed_tokens.weight",
             ("symbols in the dictionary (is DATA the folder it was trained on?)", "--decoder-embed-dim"),
         ),
-        ("moe.experts.weight1", ("--moe-expert-count", "--moe-ffn-embed-dim", "--decoder-embed-dim")),
+        ("moe.experts.weight1", ("--moe-expert-count", "--decoder-embed-dim", "--moe-ffn-embed-dim")),
         ("moe.router.hypernetwork.weight1", ("--moe-hyper-hidden-dim", "--moe-hyper-embed-dim")),
     ]
     for ending, options in described:

@@ -70,7 +70,7 @@ def limit_capacity(chosen, num_experts, factor, padded):
 
 
 def feed_forward(x, weight1, bias1, weight2, bias2):
-    return weight2 @ (weight1 @ x + bias1).clamp(min=0) + bias2
+    return (x @ weight1 + bias1).clamp(min=0) @ weight2 + bias2
 
 
 def moe_layer(state, x, *, router, top_k, gate_softmax="selected", padding=None, capacity_factor=None):
@@ -90,7 +90,7 @@ def moe_layer(state, x, *, router, top_k, gate_softmax="selected", padding=None,
             if is_kept:
                 out = out + gate * feed_forward(token, *(w[expert] for w in experts))
         if "shared_experts.fc1.weight" in state:
-            fc1, fc2 = ((state[f"shared_experts.{fc}.weight"], state[f"shared_experts.{fc}.bias"]) for fc in _FC)
+            fc1, fc2 = ((state[f"shared_experts.{fc}.weight"].t(), state[f"shared_experts.{fc}.bias"]) for fc in _FC)
             out = out + feed_forward(token, *fc1, *fc2)
         y.append(out)
     return Reference(torch.stack(y), torch.stack(z), list(chosen), list(gates), kept)

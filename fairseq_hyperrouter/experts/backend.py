@@ -34,22 +34,25 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} {name!r}: choose from {', '.join((AUTO, *BACKENDS))}")
 
 
-def choose(name: str, x: Tensor, weights: ExpertWeights) -> Backend:
-    """The backend called *name*; for "auto" the one that was fastest for the device, dtype and shape of *x*."""
-    chosen = _fastest(x, weights) if name == AUTO else name
+def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Backend:
+    """The backend called *name*; for "auto" the one that was fastest for such a call (docs/performance.md)."""
+    chosen = _fastest(x, dispatch, weights) if name == AUTO else name
     _log_once(chosen, x)
     return BACKENDS[chosen]
 
 
-def _fastest(x: Tensor, weights: ExpertWeights) -> str:
+def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
+    aligned = weights.weight1.size(1) * x.itemsize % 16 == weights.weight1.size(2) * x.itemsize % 16 == 0
+    can_group = aligned and hasattr(torch.nn.functional, "grouped_mm")
     if x.device.type == "cpu":
-        return "runs"
+        assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
+        few = experts // 4 <= assignments < 16 * experts and not torch.is_grad_enabled()
+        return "grouped" if few and can_group and x.dtype in (torch.float32, torch.bfloat16) else "runs"
     if x.device.type != "cuda":
         return "loop"
-    # Elsewhere torch's grouped_mm copies the counts to the host and loops; its rows must be multiples of 16 bytes.
+    # Elsewhere torch's grouped_mm copies the counts to the host and loops.
     fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    aligned = weights.weight1.size(1) % 8 == weights.weight1.size(2) % 8 == 0
-    return "grouped" if fast and aligned and hasattr(torch.nn.functional, "grouped_mm") else "blocks"
+    return "grouped" if fast and can_group else "blocks"
 
 
 _logged: Set[Tuple[str, str, torch.dtype]] = set()

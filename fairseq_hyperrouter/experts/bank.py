@@ -18,9 +18,9 @@ from .weights import ExpertWeights, Hidden
 
 
 class ExpertBank(nn.Module):
-    """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(W1_i x + b1_i)) + b2_i.
+    """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(x W1_i + b1_i)) + b2_i.
 
-    Each expert's weights are held, and start, as those of ``nn.Linear``: U(-1/sqrt(n), 1/sqrt(n)), n its inputs.
+    Each expert starts as ``nn.Linear`` does: U(-1/sqrt(n), 1/sqrt(n)), n its number of inputs.
 
     Args:
         backend: which implementation computes; "auto" chooses by device, dtype and shape.
@@ -49,9 +49,9 @@ class ExpertBank(nn.Module):
         self.backend = backend
         self.activation = activation
         self.dropout = dropout
-        self.weight1 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim, embed_dim))
+        self.weight1 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_embed_dim))
         self.bias1 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim))
-        self.weight2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_embed_dim))
+        self.weight2 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim, embed_dim))
         self.bias2 = nn.Parameter(torch.empty(num_experts, embed_dim))
         self.reset_parameters()
 
@@ -65,7 +65,7 @@ class ExpertBank(nn.Module):
         for expert in range(self.num_experts):
             generator = generators[expert] if generators else None
             for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
-                bound = 1 / math.sqrt(weight.size(2))
+                bound = 1 / math.sqrt(weight.size(1))
                 weight[expert].uniform_(-bound, bound, generator=generator)
                 bias[expert].uniform_(-bound, bound, generator=generator)
 
@@ -96,8 +96,8 @@ class ExpertBank(nn.Module):
     ) -> Tensor:
         dispatch = order_by_expert(expert_index, self.num_experts, kept)
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
-        return choose(self.backend, x, weights)(x, dispatch, gate, weights, hidden)
+        return choose(self.backend, x, dispatch, weights)(x, dispatch, gate, weights, hidden)
 
     def extra_repr(self) -> str:
-        num_experts, ffn_embed_dim, embed_dim = self.weight1.shape
+        num_experts, embed_dim, ffn_embed_dim = self.weight1.shape
         return f"num_experts={num_experts}, {embed_dim} -> {ffn_embed_dim} -> {embed_dim}, dropout={self.dropout}"

@@ -20,7 +20,7 @@ from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """Sum over a token's assignments of gate * (W2 dropout(activation(W1 x + b1)) + b2), with ``grouped_mm``."""
+    """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2), with ``grouped_mm``."""
     return _apply(GroupedProducts, x, dispatch, gate, weights, hidden)
 
 
@@ -57,13 +57,13 @@ class _Grouped(torch.autograd.Function):
         if products.skipped is not None:
             gate_N = gate_N.masked_fill(products.skipped[:, 0], 0)
             expert = expert.clamp(max=products.num_experts - 1)
-        before = products.rows(x.index_select(0, dispatch.token), weight1.transpose(1, 2))
+        before = products.rows(x.index_select(0, dispatch.token), weight1)
         before.add_(bias1.index_select(0, expert))
         activated, mask = activation.apply(before), None
         if hidden.dropout:
             mask = torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout)
             activated = activated * mask
-        output = products.rows(activated, weight2.transpose(1, 2)).add_(bias2.index_select(0, expert))
+        output = products.rows(activated, weight2).add_(bias2.index_select(0, expert))
         place = torch.empty_like(dispatch.order)
         place[dispatch.order] = torch.arange(place.numel(), device=place.device)  # of each assignment
         if trains:
@@ -82,19 +82,19 @@ class _Grouped(torch.autograd.Function):
             activated = ctx.activation.apply(kept)
             activated = activated if mask is None else activated * mask
         doutput = dy.index_select(0, token)
-        dhidden = products.rows(doutput, weight2)
+        dhidden = products.rows(doutput, weight2.transpose(1, 2))
         dgate_N = torch.linalg.vecdot(dhidden.to(wide), activated.to(wide))
         dgate_N += torch.linalg.vecdot(doutput.to(wide), bias2.index_select(0, expert).to(wide))
         if products.skipped is not None:
             dgate_N.masked_fill_(products.skipped[:, 0], 0)
         doutput.mul_(gate_N[:, None])
-        dweight2 = products.weights(doutput, activated)
+        dweight2 = products.weights(activated, doutput)
         dhidden.mul_(gate_N[:, None])
         if mask is not None:
             dhidden.mul_(mask)
         dhidden = ctx.activation.backward(dhidden, kept)
-        dweight1 = products.weights(dhidden, x.index_select(0, token))
-        dx_N = products.rows(dhidden, weight1)
+        dweight1 = products.weights(x.index_select(0, token), dhidden)
+        dx_N = products.rows(dhidden, weight1.transpose(1, 2))
         return (
             _sum_of_assignments(dx_N.to(wide), place, ctx.shape).to(x.dtype),
             dgate_N.to(gate_N.dtype).index_select(0, place).view(ctx.shape),

@@ -9,7 +9,7 @@ from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_loop(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """Sum over a token's assignments of gate * (W2 dropout(activation(W1 x + b1)) + b2): (T, D) -> (T, D).
+    """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D).
 
     1. Gather x once, in the order of the experts.
     2. Run each expert on its rows. ``unbind`` keeps every expert in the autograd graph, so one that got
@@ -22,8 +22,8 @@ def expert_loop(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeig
     outputs = []
     rows = x.index_select(0, token).split(rows_per_expert)
     for expert_rows, weight1, bias1, weight2, bias2 in zip(rows, *(weight.unbind() for weight in weights)):
-        activated = F.dropout(hidden.activation(F.linear(expert_rows, weight1, bias1)), hidden.dropout)
-        outputs.append(F.linear(activated, weight2, bias2))
+        activated = F.dropout(hidden.activation(torch.addmm(bias1, expert_rows, weight1)), hidden.dropout)
+        outputs.append(torch.addmm(bias2, activated, weight2))
     gate_n = gate.reshape(-1)[dispatch.order[: ends[-1]]]
     y = x.new_zeros(x.shape, dtype=sum_dtype(x))
     return y.index_add(0, token, torch.cat(outputs).to(y.dtype) * gate_n[:, None].to(y.dtype)).to(x.dtype)

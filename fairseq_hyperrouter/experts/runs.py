@@ -5,7 +5,7 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K
 Why not plain autograd: an expert's products are small, so what lies around them counts. Here
 
 - the hidden rows are all that is kept; x is gathered again in the backward pass, cheaper than keeping N rows of it;
-- the gradient of a gate needs no expert output, since sum_d dy_d (W2 h)_d = sum_f (W2^T dy)_f h_f;
+- the gradient of a gate needs no expert output, since sum_d dy_d (h W2)_d = sum_f (dy W2^T)_f h_f;
 - weight gradients are written into their place in the stacked tensor;
 - everything else is done in place, on rows that are still in the cache.
 """
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .activation import with_gradient
 from .dispatch import Dispatch
+from .memory import room_like
 from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """Sum over a token's assignments of gate * (W2 dropout(activation(W1 x + b1)) + b2): (T, D) -> (T, D)."""
+    """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate, *weights))
     return _ExpertRuns.apply(x, gate, *weights, dispatch, hidden, trains)
 
@@ -47,14 +48,14 @@ class _ExpertRuns(torch.autograd.Function):
         masks: List[Tensor] = []
         for rows, expert in _runs(dispatch):
             token = dispatch.token[rows]
-            before = torch.addmm(bias1[expert], x.index_select(0, token), weight1[expert].t())
+            before = torch.addmm(bias1[expert], x.index_select(0, token), weight1[expert])
             activated = activation.apply(before)
             if hidden.dropout:
                 masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
                 activated = activated * masks[-1]
             if trains:
                 kept.append(activated if activation.keeps_output else before)
-            output = torch.addmm(bias2[expert], activated, weight2[expert].t())
+            output = torch.addmm(bias2[expert], activated, weight2[expert])
             y.index_add_(0, token, output.to(y.dtype).mul_(gate_N[rows, None]))
         if trains:
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
@@ -68,8 +69,8 @@ class _ExpertRuns(torch.autograd.Function):
         runs = _runs(ctx.dispatch)
         kept, masks = kept[: len(runs)], kept[len(runs) :]
         dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
-        dweight1, dweight2 = torch.empty_like(weight1), torch.empty_like(weight2)
-        dbias1, dbias2 = weight1.new_empty(weight1.shape[:2]), torch.empty_like(bias2)
+        dweight1, dweight2 = room_like(weight1), room_like(weight2)
+        dbias1, dbias2 = weight1.new_empty(len(weight1), weight1.size(2)), torch.empty_like(bias2)
         for place, (rows, expert) in enumerate(runs):
             token, gate = ctx.dispatch.token[rows], gate_N[rows, None]
             activated = kept[place]
@@ -78,19 +79,19 @@ class _ExpertRuns(torch.autograd.Function):
                 if masks:
                     activated = activated * masks[place]
             doutput = dy.index_select(0, token)
-            dhidden = doutput @ weight2[expert]
+            dhidden = doutput @ weight2[expert].t()
             dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))
             dgate_N[rows] += doutput @ bias2[expert]
             doutput.mul_(gate)
-            torch.mm(doutput.t(), activated, out=dweight2[expert])
+            torch.mm(activated.t(), doutput, out=dweight2[expert])
             torch.sum(doutput, 0, out=dbias2[expert])
             dhidden.mul_(gate)
             if masks:
                 dhidden.mul_(masks[place])
             dhidden = ctx.activation.backward(dhidden, kept[place])
-            torch.mm(dhidden.t(), x.index_select(0, token), out=dweight1[expert])
+            torch.mm(x.index_select(0, token).t(), dhidden, out=dweight1[expert])
             torch.sum(dhidden, 0, out=dbias1[expert])
-            dx.index_add_(0, token, (dhidden @ weight1[expert]).to(dx.dtype))
+            dx.index_add_(0, token, (dhidden @ weight1[expert].t()).to(dx.dtype))
         for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
             for gradient in (dweight1, dbias1, dweight2, dbias2):
                 gradient[expert].zero_()  # torch DDP would stop at a missing one

@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 class ExpertWeights(NamedTuple):
-    """The stacked weights of E experts, D -> F -> D, each as ``nn.Linear`` holds it: W1 x + b1, W2 h + b2."""
+    """The stacked weights of E experts, D -> F -> D, for x W1 + b1 and h W2 + b2.
+
+    ``nn.Linear`` holds the transpose. Products with this one are faster where an expert has few rows.
+    """
 
     weight1: Tensor
-    """(E, F, D)"""
+    """(E, D, F)"""
     bias1: Tensor
     """(E, F)"""
     weight2: Tensor
-    """(E, D, F)"""
+    """(E, F, D)"""
     bias2: Tensor
     """(E, D)"""
 

@@ -146,7 +146,7 @@ def test_moe_options(data, deep):
     first, second = (model[f"decoder.layers.{n}.moe.router.hypernetwork.weight2"] for n in (1, 3))
     assert torch.equal(first, second)
     assert model["decoder.layers.1.moe.shared_experts.fc1.weight"].shape == (64, 32)
-    assert model["decoder.layers.1.moe.experts.weight1"].shape == (EXPERTS, 64, 32)
+    assert model["decoder.layers.1.moe.experts.weight1"].shape == (EXPERTS, 32, 64)
     assert evaluate(data, folder / "checkpoint_last.pt")["loss"] < entries[0]["loss"]
 
 

@@ -25,7 +25,7 @@ def test_unused_experts_get_a_zero_gradient():
 def test_starts_as_linear_layers_do():
     experts = ExpertBank(3, 100, 400)
     for weight, bias in ((experts.weight1, experts.bias1), (experts.weight2, experts.bias2)):
-        bound = 1 / math.sqrt(weight.size(2))
+        bound = 1 / math.sqrt(weight.size(1))
         for drawn in (*weight, *bias):
             assert 0.9 * bound < drawn.abs().max() <= bound
             assert drawn.mean().abs() < 0.25 * bound

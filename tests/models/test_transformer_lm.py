@@ -34,7 +34,7 @@ def same_as(dense, **options):
             with torch.no_grad():
                 for fc, weight, bias in (("fc1", "weight1", "bias1"), ("fc2", "weight2", "bias2")):
                     name = f"decoder.layers.{number}.{fc}"
-                    layer.moe.experts.get_parameter(weight).copy_(state[f"{name}.weight"])
+                    layer.moe.experts.get_parameter(weight).copy_(state[f"{name}.weight"].t())
                     layer.moe.experts.get_parameter(bias).copy_(state[f"{name}.bias"])
     return model.eval()
 
@@ -229,7 +229,7 @@ def test_state_dict_round_trip(router):
 
 @pytest.mark.parametrize("option, dim", [({"moe_ffn_embed_dim": 7}, 7), ({}, 12)])
 def test_width_of_the_experts(option, dim):
-    assert {layer.experts.weight1.shape for layer in moe_layers(tiny_model(**option))} == {(4, dim, 8)}
+    assert {layer.experts.weight1.shape for layer in moe_layers(tiny_model(**option))} == {(4, 8, dim)}
 
 
 def test_dropout_of_the_options_reaches_the_experts():

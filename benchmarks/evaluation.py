@@ -1,0 +1,50 @@
+"""fairseq-eval-lm at fewer experts: how much of the speed-up that the FLOPs promise is there.
+
+python -m benchmarks.evaluation DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fairseq_hyperrouter.analysis.sweep import sweep
+
+from .harness import report
+from .trainer import COMMON, cpu_seconds, experts
+
+TOP_KS = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", help="folder made by fairseq-preprocess")
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        options = [option for option in COMMON if option != "--no-save"]
+        options += [*experts("hyperrouter", 2), "--batch-size", "8", "--tokens-per-sample", "512", "--save-dir", folder]
+        cpu_seconds([args.data, *options, "--max-update", "1"])
+        checkpoint = Path(folder, "checkpoint_last.pt")
+        rounds = [
+            list(sweep([checkpoint], args.data, TOP_KS, batch_size=16, cpu=True)) for _ in range(1 if args.quick else 5)
+        ]
+    speed = {
+        k: statistics.median(rows[place]["tokens_per_second"] for rows in rounds) for place, k in enumerate(TOP_KS)
+    }
+    flops = {row["top_k"]: row["flops_per_token"] for row in rounds[0]}
+    rows = [["k", "tokens/s", "MFLOPs/token", "faster than k=16", "FLOPs promise", "share of the promise"]]
+    for k in TOP_KS:
+        faster, promised = speed[k] / speed[16], flops[16] / flops[k]
+        rows.append([k, f"{speed[k]:,.0f}", flops[k] / 1e6, faster, promised, faster / promised])
+    report("evaluation", {"fairseq-eval-lm's code on the test split, 4 layers, d 256, F 512, E 16": rows}, rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""One layer on few tokens and without gradients, as in generation, beside a dense feed-forward.
+
+python -m benchmarks.generation [--quick]
+"""
+
+import argparse
+
+import torch
+
+from fairseq_hyperrouter import HyperRouter, LinearRouter, MoELayer
+
+from .harness import interleaved, medians, progress, report
+from .layer import SHAPES
+from .peers import Dense, RawGroupedMM
+
+TOKENS = (1, 4, 16, 64, 256)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tables, details = {}, {}
+    for D, hidden in SHAPES[:1] if quick else SHAPES:
+        rows = [["tokens", "k", "dense (us)", "smoe", "hyperrouter", "products alone", "raw grouped_mm"]]
+        for tokens in progress(TOKENS, f"d {D}, F {hidden}"):
+            for K in (1, 2):
+                seconds = _measure(tokens, D, hidden, K, repeats=2 if quick else 9)
+                limit = seconds["dense"]
+                ratios = [seconds[name] / limit for name in list(seconds)[1:]]
+                rows.append([tokens, K, round(limit * 1e6), *ratios])
+                details[f"T {tokens}, d {D}, F {hidden}, k {K}"] = seconds
+        tables[f"Time over that of the dense feed-forward of width k F, d {D}, F {hidden}, E 16"] = rows
+    report("generation", tables, details)
+
+
+def _measure(tokens: int, D: int, hidden: int, K: int, repeats: int) -> dict:
+    x = torch.randn(tokens, D)
+    layers = {"dense": Dense(D, hidden, 16, K)}
+    for name, router in (("smoe", LinearRouter), ("hyperrouter", HyperRouter)):
+        layers[name] = MoELayer(router(D, 16), hidden, top_k=K).eval()
+    layers["hyperrouter"].router.make_generation_fast_()  # as fairseq-generate does
+    functions = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
+    bank = layers["smoe"].experts
+    counts = layers["smoe"](x)[1].expert_index.flatten().bincount(minlength=16).tolist()
+    rows, hidden_rows = torch.randn(tokens * K, D).split(counts), torch.randn(tokens * K, hidden).split(counts)
+    products = [(a, w1, h, w2) for a, w1, h, w2 in zip(rows, bank.weight1, hidden_rows, bank.weight2) if len(a)]
+    functions["products"] = lambda: [(torch.mm(a, w1), torch.mm(h, w2)) for a, w1, h, w2 in products]
+    raw = RawGroupedMM(D, hidden, 16, K)
+    functions["raw"] = lambda: raw(x)
+    return medians(interleaved(functions, repeats, number=max(3, 200 // tokens)))
+
+
+if __name__ == "__main__":
+    main()

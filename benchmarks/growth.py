@@ -1,0 +1,43 @@
+"""One layer, forward and backward, against the number of experts at a fixed number of them per token.
+
+python -m benchmarks.growth [--quick]
+"""
+
+import argparse
+
+import torch
+
+from .harness import interleaved, medians, report
+from .layer import step
+from .peers import Dense, Ours, RawGroupedMM
+
+D, HIDDEN, TOP_K = 256, 512, 2
+EXPERTS = (8, 16, 64, 256)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens, repeats = (256, 1) if quick else (8192, 7)
+    x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
+    dense = Dense(D, HIDDEN, 1, TOP_K)
+    layers = {E: {"ours": Ours(D, HIDDEN, E, TOP_K), "raw": RawGroupedMM(D, HIDDEN, E, TOP_K)} for E in EXPERTS}
+    steps = {("dense", 0): step(dense, x, dy)}
+    steps.update({(name, E): step(layer, x, dy) for E in EXPERTS for name, layer in layers[E].items()})
+    seconds = medians(interleaved(steps, repeats))
+    limit = seconds["dense", 0]
+    rows = [["E", "milliseconds", "x dense", "x E = 8", "rows per expert", "raw grouped_mm, x dense"]]
+    for E in EXPERTS:
+        ours = seconds["ours", E]
+        share = ours / seconds["ours", EXPERTS[0]]
+        rows.append([E, ours * 1e3, ours / limit, share, tokens * TOP_K // E, seconds["raw", E] / limit])
+    title = f"Time against E at k = {TOP_K}, T {tokens}, d {D}, F {HIDDEN}; dense: {limit * 1e3:.0f} ms"
+    report("growth", {title: rows}, {f"{name} {E}": value for (name, E), value in seconds.items()})
+
+
+if __name__ == "__main__":
+    main()

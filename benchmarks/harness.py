@@ -1,0 +1,94 @@
+"""How everything here is timed and written down.
+
+Machines are shared and noisy, so what is compared runs in turns in one process on one thread, the clock is the
+process's own CPU time, and what counts is the ratio of medians.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def interleaved(functions: Dict[Any, Callable[[], Any]], repeats: int, number: int = 1) -> Dict[Any, List[float]]:
+    """Seconds of CPU time per call of each function: *repeats* rounds of *number* calls of each, in turns."""
+    seconds: Dict[Any, List[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            for _ in range(number):
+                function()
+            seconds[name].append((time.process_time() - start) / number)
+    return seconds
+
+
+def medians(seconds: Dict[Any, List[float]]) -> Dict[Any, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes(function: Callable[[], Any], forget: Callable[[], Any]) -> int:
+    """The most memory that tensors took during a call, above what was there before; *forget* frees what a call left."""
+    function()
+    forget()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def progress(items: Sequence[Any], label: str) -> Any:
+    """*items*, with a progress bar."""
+    return tqdm(items, desc=label, file=sys.stderr, leave=False)
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; the first row is the head."""
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) -> None:
+    """Print the tables, and write them as results/name.md and, with the *details*, as results/name.json."""
+    machine = {
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+    }
+    head = "{processor}, {threads} thread(s), Python {python}, torch {torch}; `{command}`".format(**machine)
+    text = "\n\n".join([head, *(f"{title}\n\n{table(rows)}" for title, rows in tables.items())])
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text + "\n")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({**machine, "tables": tables, "details": details}, indent=1) + "\n"
+    )
+    print(f"wrote {RESULTS / name}.md and .json")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

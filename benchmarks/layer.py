@@ -1,0 +1,67 @@
+"""One layer, forward and backward, router included, beside other libraries: time and peak memory.
+
+python -m benchmarks.layer [--quick]
+"""
+
+import argparse
+import logging
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .harness import interleaved, medians, peak_bytes, progress, report
+from .peers import DENSE, build_all
+
+SHAPES = [(256, 512), (512, 2048)]
+TOP_KS = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    """Measure, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    quick = parser.parse_args().quick
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens, repeats = (128, 1) if quick else (2048, 9)
+    tables, details = {}, {}
+    for D, hidden in SHAPES[:1] if quick else SHAPES:
+        rows, memory, milliseconds = {}, {}, {}
+        for K in progress(TOP_KS, f"d {D}, F {hidden}"):
+            x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
+            steps = {name: step(layer, x, dy) for name, layer in build_all(D, hidden, 16, K).items()}
+            seconds = medians(interleaved(steps, repeats if D == 256 else min(repeats, 5)))
+            milliseconds[K] = seconds[DENSE] * 1e3
+            for name, run in steps.items():
+                rows.setdefault(name, {})[K] = seconds[name] / seconds[DENSE]
+                memory.setdefault(name, {})[K] = peak_bytes(run, lambda run=run: _forget(*run.args[:2])) / 2**20
+        shape = f"T {tokens}, d {D}, F {hidden}, E 16"
+        head = ["", *(f"k={K}" for K in TOP_KS)]
+        ratios = [[name, *(rows[name].get(K, "") for K in TOP_KS)] for name in rows if name != DENSE]
+        dense = [DENSE + " (ms)", *(round(milliseconds[K]) for K in TOP_KS)]
+        tables[f"Time over that of the dense feed-forward, {shape}"] = [head, dense, *ratios]
+        mebibytes = [[name, *(round(memory[name][K]) if K in memory[name] else "" for K in TOP_KS)] for name in rows]
+        tables[f"Peak memory of a step in MiB, gradients included, {shape}"] = [head, *mebibytes]
+        details[shape] = {"time": rows, "memory": memory, "dense_ms": milliseconds}
+    report("layer", tables, details)
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> "partial[None]":
+    """A call that goes forward and backward once."""
+    return partial(_step, layer, x, dy)
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    _forget(layer, x)
+    layer(x).backward(dy)
+
+
+def _forget(layer: nn.Module, x: Tensor) -> None:
+    for tensor in (x, *layer.parameters()):
+        tensor.grad = None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""fairseq-train and fairseq-eval-lm with experts beside stock transformer_lm with as many active FLOPs.
+
+CPU time per update is that of a longer training less that of a shorter one, over the updates between: starting and
+stopping cancel out. Runs take turns.
+
+python -m benchmarks.trainer DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+from .harness import medians, progress, report
+
+USER_DIR = Path(__file__).parents[1] / "fairseq_hyperrouter"
+TOP_KS = (1, 2, 8)
+WIDTH, HIDDEN, EXPERTS, LAYERS = 256, 512, 16, 4
+COMMON = [
+    *("--user-dir", str(USER_DIR), "--cpu", "--num-workers", "0", "--no-save", "--disable-validation"),
+    *("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(WIDTH), "--decoder-attention-heads", "8"),
+    *("--decoder-input-dim", str(WIDTH), "--decoder-output-dim", str(WIDTH), "--share-decoder-input-output-embed"),
+    *("--optimizer", "adam", "--lr", "1e-4", "--clip-norm", "0.25"),
+    *("--log-format", "simple", "--log-interval", "1000000"),
+]
+
+
+def main() -> None:
+    """Measure, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", help="folder made by fairseq-preprocess")
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    args = parser.parse_args()
+    repeats, updates, samples, length = (1, (1, 2), 2, 64) if args.quick else (3, (1, 4), 16, 512)
+    common = [args.data, *COMMON, "--batch-size", str(samples), "--tokens-per-sample", str(length)]
+    runs: Dict[str, List[str]] = {}
+    for k in TOP_KS:
+        runs[f"stock k={k}"] = [
+            *("--task", "language_modeling", "--arch", "transformer_lm", "--criterion", "cross_entropy"),
+            *("--decoder-ffn-embed-dim", str(k * HIDDEN)),
+        ]
+        for router in ("smoe", "hyperrouter"):
+            runs[f"{router} k={k}"] = experts(router, k)
+    seconds: Dict[str, List[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in progress(list(runs), f"round {repeat + 1} of {repeats}"):
+            short, long = (cpu_seconds([*common, *runs[name], "--max-update", str(n)]) for n in updates)
+            seconds[name].append((long - short) / (updates[1] - updates[0]))
+    median = medians(seconds)
+    tokens = samples * length
+    rows = [["k", "stock, tokens/s", "smoe, tokens/s", "hyperrouter, tokens/s", "smoe / stock", "hyperrouter / stock"]]
+    for k in TOP_KS:
+        speeds = [tokens / median[f"{name} k={k}"] for name in ("stock", "smoe", "hyperrouter")]
+        rows.append([k, *(f"{speed:,.0f}" for speed in speeds), speeds[1] / speeds[0], speeds[2] / speeds[0]])
+    title = f"fairseq-train, {LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, {tokens} tokens per update"
+    report("trainer", {title: rows}, seconds)
+
+
+def experts(router: str, k: int) -> List[str]:
+    """The options of the model with experts."""
+    return [
+        *("--task", "hyperrouter", "--arch", "transformer_lm_hyperrouter", "--criterion", "moe_cross_entropy"),
+        *("--decoder-ffn-embed-dim", str(HIDDEN), "--moe-expert-count", str(EXPERTS), "--moe-top-k", str(k)),
+        *("--moe-router", router),
+    ]
+
+
+def cpu_seconds(arguments: List[str]) -> float:
+    """Of one fairseq-train, in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq_cli.train", *arguments], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+if __name__ == "__main__":
+    main()
