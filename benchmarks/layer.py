@@ -21,13 +21,16 @@ def main() -> None:
     """Measure, print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--width", type=int, choices=[D for D, _ in SHAPES], help="only this one")
+    args = parser.parse_args()
+    quick = args.quick
+    shapes = SHAPES[:1] if quick else [shape for shape in SHAPES if args.width in (None, shape[0])]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokens, repeats = (128, 1) if quick else (2048, 9)
     tables, details = {}, {}
-    for D, hidden in SHAPES[:1] if quick else SHAPES:
+    for D, hidden in shapes:
         rows, memory, milliseconds = {}, {}, {}
         for K in progress(TOP_KS, f"d {D}, F {hidden}"):
             x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)

@@ -7,6 +7,7 @@ library is not there; None that it has no such K.
 
 import logging
 import warnings
+from functools import partial
 from typing import Any, Callable, Dict, Optional
 
 import torch
@@ -37,9 +38,11 @@ class Dense(nn.Sequential):
 
 
 class _Routed(nn.Module):
-    def __init__(self, D: int, hidden: int, E: int, K: int) -> None:
+    def __init__(self, D: int, hidden: int, E: int, K: int, biases: bool = False) -> None:
         super().__init__()
         self.E, self.K = E, K
+        self.bias1 = nn.Parameter(torch.zeros(E, hidden)) if biases else None
+        self.bias2 = nn.Parameter(torch.zeros(E, D)) if biases else None
         self.gate = nn.Linear(D, E)
         self.weight1 = nn.Parameter(torch.randn(E, D, hidden) * D**-0.5)
         self.weight2 = nn.Parameter(torch.randn(E, hidden, D) * hidden**-0.5)
@@ -57,9 +60,11 @@ class RawGroupedMM(_Routed):
         expert, order = index.flatten().sort(stable=True)
         token = order // self.K
         offs = torch.searchsorted(expert, torch.arange(self.E, device=x.device), right=True).int()
-        hidden = F.relu(F.grouped_mm(x[token], self.weight1, offs=offs))
-        output = F.grouped_mm(hidden, self.weight2, offs=offs) * gate.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, token, output)
+        hidden = F.grouped_mm(x[token], self.weight1, offs=offs)
+        hidden = F.relu(hidden if self.bias1 is None else hidden + self.bias1[expert])
+        output = F.grouped_mm(hidden, self.weight2, offs=offs)
+        output = output if self.bias2 is None else output + self.bias2[expert]
+        return torch.zeros_like(x).index_add(0, token, output * gate.flatten()[order, None])
 
 
 class PaddedBMM(_Routed):
@@ -118,13 +123,13 @@ def hugging_face(implementation: str) -> Builder:
 
 def st_moe(D: int, hidden: int, E: int, K: int) -> Optional[nn.Module]:
     """ST-MoE (lucidrains); two experts or more."""
-    if K < 2:
-        return None
+    if K not in (2, 4):
+        return None  # it routes to two or more; its dispatch is a (T, E, capacity) product, minutes at k = 8
     from st_moe_pytorch import MoE
 
     # Its experts are gated (GEGLU): three products again. Tokens over the capacity are dropped.
     mult = 2 * hidden / 3 / D
-    capacity = {"capacity_factor_train": 1.25, "capacity_factor_eval": 1.25}
+    capacity = {"capacity_factor_train": 1.25 * K, "capacity_factor_eval": 1.25 * K}
     moe = MoE(dim=D, num_experts=E, gating_top_n=K, expert_hidden_mult=mult, threshold_train=0.0, **capacity)
     return _Batch(moe)
 
@@ -180,12 +185,13 @@ class _Batch(nn.Module):
 DENSE = "dense, same FLOPs"
 OURS = "fairseq_hyperrouter"
 PEERS: Dict[str, Builder] = {
-    "raw grouped_mm": RawGroupedMM,
+    "raw grouped_mm, no biases": RawGroupedMM,
+    "raw grouped_mm": partial(RawGroupedMM, biases=True),
     "padded bmm": PaddedBMM,
     "loop over a ModuleList": ModuleListLoop,
     "Hugging Face, eager": hugging_face("eager"),
     "Hugging Face, grouped_mm": hugging_face("grouped_mm"),
-    "st-moe-pytorch, capacity 1.25": st_moe,
+    "st-moe-pytorch, capacity 1.25 k": st_moe,
     "mixture-of-experts, capacity 2.5": mixture_of_experts,
     "fairscale, drops tokens": fairscale,
     "Tutel, dropless": tutel,

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List
 
+import torch
+
 from .harness import medians, progress, report
 
 USER_DIR = Path(__file__).parents[1] / "fairseq_hyperrouter"
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("data", help="folder made by fairseq-preprocess")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as in the processes that are timed
     repeats, updates, samples, length = (1, (1, 2), 2, 64) if args.quick else (3, (1, 4), 16, 512)
     common = [args.data, *COMMON, "--batch-size", str(samples), "--tokens-per-sample", str(length)]
     runs: Dict[str, List[str]] = {}

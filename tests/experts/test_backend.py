@@ -187,6 +187,21 @@ def test_without_gradients(backend):
     assert torch.equal(trained, y)
 
 
+@pytest.mark.parametrize("backend", ["grouped", "blocks"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_nothing_is_copied_to_the_host(backend, dropping):
+    """Tensors of the device "meta" have no values: whoever asks for one, as a copy from a GPU would, fails."""
+    experts = bank(backend, dtype=torch.bfloat16, embed_dim=8, dropout=0.1).to("meta")
+    x = torch.empty(20, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    gate = torch.empty(20, 2, device="meta", requires_grad=True)
+    index = torch.empty(20, 2, dtype=torch.long, device="meta")
+    kept = torch.empty(20, 2, dtype=torch.bool, device="meta") if dropping else None
+    experts(x, index, gate, kept).sum().backward()
+    assert x.grad.shape == x.shape and experts.weight1.grad.shape == experts.weight1.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bank("runs", dtype=torch.bfloat16, embed_dim=8).to("meta")(x, index, gate)
+
+
 def test_unknown_backend():
     with pytest.raises(UserError, match=r"backend 'fast': choose from auto, runs, grouped, blocks, loop"):
         ExpertBank(**SIZES, backend="fast")
