@@ -26,12 +26,15 @@ BACKENDS: Dict[str, Backend] = {
     "loop": expert_loop,
 }
 AUTO = "auto"
+HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 
 
 def check_backend(option: str, name: str) -> None:
     """Raise a UserError (a ValueError) when *name* is neither a backend nor "auto"."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"{option} {name!r}: choose from {', '.join((AUTO, *BACKENDS))}")
+    if name == "grouped" and not HAS_GROUPED_MM:
+        raise UserError(f"{option} grouped: needs torch 2.10 or later, for grouped_mm; this is {torch.__version__}")
 
 
 def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Backend:
@@ -43,7 +46,7 @@ def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> 
 
 def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     aligned = weights.weight1.size(1) * x.itemsize % 16 == weights.weight1.size(2) * x.itemsize % 16 == 0
-    can_group = aligned and hasattr(torch.nn.functional, "grouped_mm")
+    can_group = aligned and HAS_GROUPED_MM
     if x.device.type == "cpu":
         assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
         few = experts // 4 <= assignments < 16 * experts and not torch.is_grad_enabled()

@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.experts import backend as backends
-from fairseq_hyperrouter.experts.backend import BACKENDS
+from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM
 from fairseq_hyperrouter.experts.products import BLOCK_ROWS
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 SIZES = {"num_experts": 3, "embed_dim": 4, "ffn_embed_dim": 8}
-WHOLE = hasattr(F, "grouped_mm")
 
 
 def bank(backend, dtype=None, **options):
-    if backend == "grouped" and not WHOLE:
+    if backend == "grouped" and not HAS_GROUPED_MM:
         pytest.skip("this torch has no grouped_mm")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))
@@ -205,6 +204,14 @@ def test_nothing_is_copied_to_the_host(backend, dropping):
 def test_unknown_backend():
     with pytest.raises(UserError, match=r"backend 'fast': choose from auto, runs, grouped, blocks, loop"):
         ExpertBank(**SIZES, backend="fast")
+
+
+def test_grouped_needs_a_new_torch(monkeypatch):
+    monkeypatch.setattr(backends, "HAS_GROUPED_MM", False)
+    with pytest.raises(UserError, match=r"--moe-backend grouped: needs torch 2\.10 or later"):
+        backends.check_backend("--moe-backend", "grouped")
+    with torch.no_grad():  # few rows: grouped where there is grouped_mm
+        ExpertBank(**SIZES)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
 
 
 def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch):
