@@ -88,15 +88,15 @@ def _explain_stock(error: BaseException) -> Optional[str]:
     if isinstance(error, ValueError) and text.startswith("Incorrect dictionary format"):
         return f"dict.txt of DATA is damaged: {text}"
     if isinstance(error, (IsADirectoryError, NotADirectoryError, PermissionError)):
-        return f"{error.filename}: {error.strerror.lower()}"
+        return f"{error.filename}: {str(error.strerror).lower()}"
     if isinstance(error, FileNotFoundError):
         if error.filename is None:
             return f"{text}; data folders are made by fairseq-preprocess"
         hint = "; DATA must be a folder made by fairseq-preprocess" if str(error.filename).endswith("dict.txt") else ""
         return f"no such file: {error.filename}{hint}"
-    if isinstance(error, AttributeError) and _local(error, "filename", "") is None:
-        return "--path: must name a checkpoint"
     where = "".join(traceback.format_tb(error.__traceback__)) + text
+    if isinstance(error, AttributeError) and "load_model_ensemble" in where and _local(error, "filename", "") is None:
+        return "--path: must name a checkpoint"
     if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError)):
         return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
     if "load_checkpoint_to_cpu" in where:
@@ -113,8 +113,10 @@ def _explain_stock(error: BaseException) -> Optional[str]:
 
 def _said_by_fairseq(error: BaseException) -> bool:
     """Whether fairseq itself raised *error*, with a text: that is how it refuses options."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames:
+        return False
+    package = str(frames[-1].f_globals.get("__name__")).partition(".")[0]
     return package in ("fairseq", "fairseq_cli") and bool(str(error))
 
 

@@ -83,7 +83,7 @@ def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
 
 def _check_trainer(cfg: Any) -> None:
     if min(cfg.optimization.update_freq, default=1) < 1:
-        raise UserError(f"--update-freq {cfg.optimization.update_freq[0]}: must be at least 1")
+        raise UserError(f"--update-freq {min(cfg.optimization.update_freq)}: must be at least 1")
     for name in ("batch_size", "max_tokens"):
         value = cfg.dataset[name]
         if value is not None and value < 1:
@@ -91,7 +91,7 @@ def _check_trainer(cfg: Any) -> None:
     longest = cfg.task.tokens_per_sample
     if cfg.model.max_target_positions is not None and cfg.model.max_target_positions < longest:
         raise UserError(f"--tokens-per-sample {longest}: --max-target-positions is {cfg.model.max_target_positions}")
-    full = cfg.task.sample_break_mode in (None, "none")  # else samples may be shorter
+    full = getattr(cfg.task, "sample_break_mode", None) in (None, "none")  # else samples may be shorter
     if full and cfg.dataset.max_tokens is not None and cfg.dataset.max_tokens < longest:
         raise UserError(f"--max-tokens {cfg.dataset.max_tokens}: must be at least --tokens-per-sample ({longest})")
     flattens = not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)

@@ -43,8 +43,8 @@ class ExpertBank(nn.Module):
         for name, value in (("num_experts", num_experts), ("embed_dim", embed_dim), ("ffn_embed_dim", ffn_embed_dim)):
             if value < 1:
                 raise UserError(f"expert bank {name} {value}: must be at least 1")
-        if not 0 <= dropout <= 1:
-            raise UserError(f"expert bank dropout {dropout}: must be between 0 and 1")
+        if not 0 <= dropout < 1:
+            raise UserError(f"expert bank dropout {dropout}: must be at least 0 and below 1")
         check_backend("backend", backend)
         self.backend = backend
         self.activation = activation

@@ -113,6 +113,7 @@ class HyperRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        self._generated = None
         if self._owns_hypernetwork:
             self.hypernetwork.reset_parameters(generator)
         self.embedding.normal_(0.0, 1.0, generator=generator)
@@ -141,8 +142,8 @@ class HyperRouter(Router):
     def make_generation_fast_(self, **_: Any) -> None:
         """Generate the weights once from now on; fairseq calls this where a model is only used for inference.
 
-        At one token a step generating them would cost more than all experts. New weights, another device or
-        another dtype make them be generated anew.
+        At one token a step generating them would cost more than all experts. Weights that are loaded or drawn,
+        another device or another dtype make them be generated anew; a change in place does not.
         """
         self._inference = True
 
