@@ -3,17 +3,14 @@
 python -m benchmarks.evaluation DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
 """
 
-import argparse
 import logging
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-
 from fairseq_hyperrouter.analysis.sweep import sweep
 
-from .harness import report
+from .harness import parser, report
 from .trainer import COMMON, cpu_seconds, experts
 
 TOP_KS = (1, 2, 4, 8, 16)
@@ -21,13 +18,11 @@ TOP_KS = (1, 2, 4, 8, 16)
 
 def main() -> None:
     """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="folder made by fairseq-preprocess")
-    parser.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("data", help="folder made by fairseq-preprocess")
+    options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
+    args = options.parse_args()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         options = [option for option in COMMON if option != "--no-save"]
         options += [*experts("hyperrouter", 2), "--batch-size", "8", "--save-dir", folder]

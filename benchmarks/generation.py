@@ -3,13 +3,11 @@
 python -m benchmarks.generation [--quick]
 """
 
-import argparse
-
 import torch
 
 from fairseq_hyperrouter import HyperRouter, LinearRouter, MoELayer
 
-from .harness import interleaved, medians, progress, report
+from .harness import interleaved, medians, parser, progress, report
 from .layer import SHAPES
 from .peers import Dense, RawGroupedMM
 
@@ -19,11 +17,7 @@ TOKENS = (1, 4, 16, 64, 256)
 @torch.no_grad()
 def main() -> None:
     """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    quick = parser(__doc__).parse_args().quick
     tables, details = {}, {}
     for D, hidden in SHAPES[:1] if quick else SHAPES:
         rows = [["tokens", "k", "dense (us)", "smoe", "hyperrouter", "products alone", "raw grouped_mm"]]

@@ -3,11 +3,9 @@
 python -m benchmarks.growth [--quick]
 """
 
-import argparse
-
 import torch
 
-from .harness import interleaved, medians, report
+from .harness import interleaved, medians, parser, report
 from .layer import step
 from .peers import Dense, Ours, RawGroupedMM
 
@@ -17,11 +15,7 @@ EXPERTS = (8, 16, 64, 256)
 
 def main() -> None:
     """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    quick = parser(__doc__).parse_args().quick
     tokens, repeats = (256, 1) if quick else (8192, 7)
     x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
     dense = Dense(D, HIDDEN, 1, TOP_K)

@@ -4,18 +4,28 @@ Machines are shared and noisy, so what is compared runs in turns in one process 
 process's own CPU time, and what counts is the ratio of medians.
 """
 
+import argparse
 import json
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).with_name("results")
+
+
+def parser(description: Optional[str]) -> argparse.ArgumentParser:
+    """The options that every benchmark has; from here on one thread, and the same random numbers at every run."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    return arguments
 
 
 def interleaved(functions: Dict[Any, Callable[[], Any]], repeats: int, number: int = 1) -> Dict[Any, List[float]]:

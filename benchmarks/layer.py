@@ -3,14 +3,13 @@
 python -m benchmarks.layer [--quick]
 """
 
-import argparse
 import logging
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .harness import interleaved, medians, peak_bytes, progress, report
+from .harness import interleaved, medians, parser, peak_bytes, progress, report
 from .peers import DENSE, build_all
 
 SHAPES = [(256, 512), (512, 2048)]
@@ -19,15 +18,12 @@ TOP_KS = (1, 2, 4, 8, 16)
 
 def main() -> None:
     """Measure, print and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--width", type=int, choices=[D for D, _ in SHAPES], help="only this one")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--width", type=int, choices=[D for D, _ in SHAPES], help="only this one")
+    args = options.parse_args()
     quick = args.quick
     shapes = SHAPES[:1] if quick else [shape for shape in SHAPES if args.width in (None, shape[0])]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     tokens, repeats = (128, 1) if quick else (2048, 9)
     tables, details = {}, {}
     for D, hidden in shapes:

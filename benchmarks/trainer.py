@@ -6,7 +6,6 @@ stopping cancel out. Runs take turns.
 python -m benchmarks.trainer DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
 """
 
-import argparse
 import os
 import resource
 import subprocess
@@ -14,9 +13,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List
 
-import torch
-
-from .harness import medians, progress, report
+from .harness import medians, parser, progress, report
 
 USER_DIR = Path(__file__).parents[1] / "fairseq_hyperrouter"
 TOP_KS = (1, 2, 8)
@@ -32,11 +29,9 @@ COMMON = [
 
 def main() -> None:
     """Measure, print and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="folder made by fairseq-preprocess")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # as in the processes that are timed
+    options = parser(__doc__)
+    options.add_argument("data", help="folder made by fairseq-preprocess")
+    args = options.parse_args()
     repeats, updates, samples, length = (1, (1, 2), 2, 64) if args.quick else (3, (1, 4), 16, 512)
     common = [args.data, *COMMON, "--batch-size", str(samples), "--tokens-per-sample", str(length)]
     runs: Dict[str, List[str]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from .activation import with_gradient
 from .dispatch import Dispatch
 from .products import BlockProducts, GroupedProducts, Products
-from .weights import ExpertWeights, Hidden, sum_dtype
+from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 
 def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
@@ -32,25 +32,22 @@ def expert_blocks(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWe
 def _apply(
     products: Type[Products], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
 ) -> Tensor:
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate, *weights))
-    return _Grouped.apply(x, gate, *weights, dispatch, hidden, products(dispatch), trains)
+    return _Grouped.apply(dispatch, products(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        dispatch: Dispatch,
+        products: Products,
+        hidden: Hidden,
+        keep: bool,
         x: Tensor,
         gate: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        dispatch: Dispatch,
-        hidden: Hidden,
-        products: Products,
-        trains: bool,
+        *weights: Tensor,
     ) -> Tensor:
+        weight1, bias1, weight2, bias2 = weights
         activation = with_gradient(hidden.activation)
         gate_N = gate.reshape(-1).index_select(0, dispatch.order)
         expert = dispatch.expert
@@ -66,7 +63,7 @@ class _Grouped(torch.autograd.Function):
         output = products.rows(activated, weight2).add_(bias2.index_select(0, expert))
         place = torch.empty_like(dispatch.order)
         place[dispatch.order] = torch.arange(place.numel(), device=place.device)  # of each assignment
-        if trains:
+        if keep:
             kept = activated if activation.keeps_output else before
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, kept, mask, expert, place)
             ctx.dispatch, ctx.activation, ctx.products, ctx.shape = dispatch, activation, products, gate.shape
@@ -96,13 +93,13 @@ class _Grouped(torch.autograd.Function):
         dweight1 = products.weights(x.index_select(0, token), dhidden)
         dx_N = products.rows(dhidden, weight1.transpose(1, 2))
         return (
+            *(None,) * 4,
             _sum_of_assignments(dx_N.to(wide), place, ctx.shape).to(x.dtype),
             dgate_N.to(gate_N.dtype).index_select(0, place).view(ctx.shape),
             dweight1,
             products.sums(dhidden),
             dweight2,
             products.sums(doutput),
-            *(None,) * 4,
         )
 
 

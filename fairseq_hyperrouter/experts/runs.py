@@ -18,29 +18,20 @@ from torch import Tensor
 from .activation import with_gradient
 from .dispatch import Dispatch
 from .memory import room_like
-from .weights import ExpertWeights, Hidden, sum_dtype
+from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 
 def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate, *weights))
-    return _ExpertRuns.apply(x, gate, *weights, dispatch, hidden, trains)
+    return _ExpertRuns.apply(dispatch, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _ExpertRuns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        dispatch: Dispatch,
-        hidden: Hidden,
-        trains: bool,
+        ctx: Any, dispatch: Dispatch, hidden: Hidden, keep: bool, x: Tensor, gate: Tensor, *weights: Tensor
     ) -> Tensor:
+        weight1, bias1, weight2, bias2 = weights
         activation = with_gradient(hidden.activation)
         gate_N = gate.reshape(-1)[dispatch.order]
         y = x.new_zeros(x.shape, dtype=sum_dtype(x))
@@ -53,11 +44,11 @@ class _ExpertRuns(torch.autograd.Function):
             if hidden.dropout:
                 masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
                 activated = activated * masks[-1]
-            if trains:
+            if keep:
                 kept.append(activated if activation.keeps_output else before)
             output = torch.addmm(bias2[expert], activated, weight2[expert])
             y.index_add_(0, token, output.to(y.dtype).mul_(gate_N[rows, None]))
-        if trains:
+        if keep:
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
             ctx.dispatch, ctx.activation, ctx.gate_shape = dispatch, activation, gate.shape
         return y.to(x.dtype)
@@ -97,7 +88,7 @@ class _ExpertRuns(torch.autograd.Function):
                 gradient[expert].zero_()  # torch DDP would stop at a missing one
         dgate = torch.empty_like(dgate_N)
         dgate[ctx.dispatch.order] = dgate_N
-        return dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2, None, None, None
+        return None, None, None, dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2
 
 
 def _runs(dispatch: Dispatch) -> List[Tuple[slice, int]]:

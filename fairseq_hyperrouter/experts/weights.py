@@ -30,6 +30,11 @@ class Hidden(NamedTuple):
     """Probability of dropping a hidden unit in this call."""
 
 
+def trains(*tensors: Tensor) -> bool:
+    """Whether a backward pass through a function of *tensors* may come, so that something must be kept for it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def sum_dtype(x: Tensor) -> torch.dtype:
     """In which a token's expert outputs are added up: float32 where they are shorter, whatever k is."""
     return torch.promote_types(x.dtype, torch.float32)
