@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fairseq_hyperrouter.analysis.sweep import sweep
 
+from .commands import COMMON, EXPERTS, HIDDEN, LAYERS, WIDTH, cpu_seconds, experts
 from .harness import parser, report
-from .trainer import COMMON, cpu_seconds, experts
 
 TOP_KS = (1, 2, 4, 8, 16)
 
@@ -21,11 +21,20 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("data", help="folder made by fairseq-preprocess")
     options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
+    options.add_argument("--backend", default="auto", help="--moe-backend (default: %(default)s)")
     args = options.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         options = [option for option in COMMON if option != "--no-save"]
-        options += [*experts("hyperrouter", 2), "--batch-size", "8", "--save-dir", folder]
+        options += [
+            *experts("hyperrouter", 2),
+            "--batch-size",
+            "8",
+            "--save-dir",
+            folder,
+            "--moe-backend",
+            args.backend,
+        ]
         options += ["--tokens-per-sample", args.tokens_per_sample]
         cpu_seconds([args.data, *options, "--max-update", "1"])
         checkpoint = Path(folder, "checkpoint_last.pt")
@@ -41,9 +50,8 @@ def main() -> None:
         faster, promised = speed[k] / speed[16], flops[16] / flops[k]
         rows.append([k, f"{speed[k]:,.0f}", flops[k] / 1e6, faster, promised, faster / promised])
     symbols = f"{len((Path(args.data) / 'dict.txt').read_text().splitlines())} symbols"
-    title = (
-        f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, 4 layers, d 256, F 512, E 16"
-    )
+    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {args.backend}"
+    title = f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
     report("evaluation", {title: rows}, rounds)
 
 

@@ -37,7 +37,10 @@ def _measure(tokens: int, D: int, hidden: int, K: int, repeats: int) -> dict:
     layers = {"dense": Dense(D, hidden, 16, K)}
     for name, router in (("smoe", LinearRouter), ("hyperrouter", HyperRouter)):
         layers[name] = MoELayer(router(D, 16), hidden, top_k=K).eval()
-    layers["hyperrouter"].router.make_generation_fast_()  # as fairseq-generate does
+    for name in ("smoe", "hyperrouter"):
+        for module in layers[name].modules():
+            if hasattr(module, "make_generation_fast_"):
+                module.make_generation_fast_()  # as fairseq-generate does
     functions = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
     bank = layers["smoe"].experts
     counts = layers["smoe"](x)[1].expert_index.flatten().bincount(minlength=16).tolist()

@@ -117,7 +117,7 @@ class MoEConfig(FairseqDataclass):
     moe_backend: str = field(
         default=AUTO,
         metadata={
-            "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs (CPU), "
+            "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs and onednn (CPU), "
             "grouped (GPU, bfloat16), blocks (GPU, any dtype), loop (plain autograd)"
         },
     )

@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
         activation_dropout: probability of dropping a hidden unit of an expert.
         capacity_factor: an expert takes at most ceil(factor * K * T / E) assignments in training.
         shared_experts: how many experts every token goes to beside the chosen ones.
-        backend: what computes the experts: auto, runs, grouped, blocks or loop; see ``experts/backend.py``.
+        backend: what computes the experts: auto, runs, onednn, grouped, blocks or loop; see ``experts/backend.py``.
 
     Raises:
         UserError (a ValueError): naming the argument, its value and what is allowed.

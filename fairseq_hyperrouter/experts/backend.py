@@ -11,7 +11,8 @@ from fairseq_hyperrouter.errors import UserError
 from .dispatch import Dispatch
 from .grouped import expert_blocks, expert_grouped
 from .loop import expert_loop
-from .runs import expert_runs
+from .run_products import has_onednn, onednn_is_faster
+from .runs import expert_onednn, expert_runs
 from .weights import ExpertWeights, Hidden
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,13 @@ Backend = Callable[[Tensor, Dispatch, Tensor, ExpertWeights, Hidden], Tensor]
 
 BACKENDS: Dict[str, Backend] = {
     "runs": expert_runs,
+    "onednn": expert_onednn,
     "grouped": expert_grouped,
     "blocks": expert_blocks,
     "loop": expert_loop,
 }
 AUTO = "auto"
+LARGE_WEIGHT = 2**19  # elements; no longer in a core's own cache
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 
 
@@ -35,27 +38,40 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} {name!r}: choose from {', '.join((AUTO, *BACKENDS))}")
     if name == "grouped" and not HAS_GROUPED_MM:
         raise UserError(f"{option} grouped: needs torch 2.10 or later, for grouped_mm; this is {torch.__version__}")
+    if name == "onednn" and not has_onednn():
+        raise UserError(f"{option} onednn: this torch ({torch.__version__}) was built without oneDNN")
 
 
-def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Backend:
-    """The backend called *name*; for "auto" the one that was fastest for such a call (docs/performance.md)."""
-    chosen = _fastest(x, dispatch, weights) if name == AUTO else name
+def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inference: bool) -> str:
+    """*name*; for "auto" that of the backend for such a call: on CPUs the fastest measured (docs/performance.md)."""
+    chosen = _fastest(x, dispatch, weights, for_inference) if name == AUTO else name
     _log_once(chosen, x)
-    return BACKENDS[chosen]
+    return chosen
 
 
-def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
+def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inference: bool) -> str:
     aligned = weights.weight1.size(1) * x.itemsize % 16 == weights.weight1.size(2) * x.itemsize % 16 == 0
-    can_group = aligned and HAS_GROUPED_MM
+    can_group = aligned and HAS_GROUPED_MM and x.dtype in (torch.float32, torch.bfloat16)
     if x.device.type == "cpu":
-        assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
-        few = experts // 4 <= assignments < 16 * experts and not torch.is_grad_enabled()
-        return "grouped" if few and can_group and x.dtype in (torch.float32, torch.bfloat16) else "runs"
+        return _fastest_on_cpu(x, dispatch, weights.weight1, for_inference, can_group)
     if x.device.type != "cuda":
         return "loop"
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.
     fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     return "grouped" if fast and can_group else "blocks"
+
+
+def _fastest_on_cpu(x: Tensor, dispatch: Dispatch, weight1: Tensor, for_inference: bool, can_group: bool) -> str:
+    onednn = x.dtype == torch.float32 and onednn_is_faster()
+    assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
+    if onednn and for_inference:
+        # Weights that are laid out for oneDNN pay where reading them takes the time, or many rows share them.
+        enough = experts // 4 if weight1[0].numel() >= LARGE_WEIGHT else 2 * experts
+    else:
+        enough = 16 * experts
+    if assignments < enough and assignments >= experts // 4 and can_group and not torch.is_grad_enabled():
+        return "grouped"
+    return "onednn" if onednn and (assignments >= enough or not for_inference) else "runs"
 
 
 _logged: Set[Tuple[str, str, torch.dtype]] = set()

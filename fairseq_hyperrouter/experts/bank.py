@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.inference import InferenceCache
 
-from .backend import AUTO, check_backend, choose
+from .backend import AUTO, BACKENDS, check_backend, choose
 from .dispatch import order_by_expert
+from .packed import expert_packed, pack
 from .weights import ExpertWeights, Hidden
 
 
-class ExpertBank(nn.Module):
+class ExpertBank(InferenceCache):
     """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(x W1_i + b1_i)) + b2_i.
 
     Each expert starts as ``nn.Linear`` does: U(-1/sqrt(n), 1/sqrt(n)), n its number of inputs.
@@ -62,6 +64,7 @@ class ExpertBank(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generators: Optional[Sequence[torch.Generator]] = None) -> None:
         """Draw every expert's weights; with *generators*, one per expert, each from its own."""
+        self.forget()
         for expert in range(self.num_experts):
             generator = generators[expert] if generators else None
             for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
@@ -96,7 +99,10 @@ class ExpertBank(nn.Module):
     ) -> Tensor:
         dispatch = order_by_expert(expert_index, self.num_experts, kept)
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
-        return choose(self.backend, x, dispatch, weights)(x, dispatch, gate, weights, hidden)
+        backend = choose(self.backend, x, dispatch, weights, self.for_inference)
+        if backend == "onednn" and self.for_inference:
+            return expert_packed(x, dispatch, gate, self.once(x.dtype, lambda: pack(weights)), hidden)
+        return BACKENDS[backend](x, dispatch, gate, weights, hidden)
 
     def extra_repr(self) -> str:
         num_experts, embed_dim, ffn_embed_dim = self.weight1.shape

@@ -1,4 +1,4 @@
-"""The backend for CPUs: sorted tokens, one expert's run of rows after the other, the backward pass written out.
+"""The backends for CPUs: sorted tokens, one expert's run of rows after the other, the backward pass written out.
 
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments, n rows of one run.
 
@@ -10,7 +10,7 @@ Why not plain autograd: an expert's products are small, so what lies around them
 - everything else is done in place, on rows that are still in the cache.
 """
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -18,18 +18,37 @@ from torch import Tensor
 from .activation import with_gradient
 from .dispatch import Dispatch
 from .memory import room_like
+from .run_products import OneDNNProducts, RunProducts
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 
 def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
-    return _ExpertRuns.apply(dispatch, hidden, trains(x, gate, *weights), x, gate, *weights)
+    return _apply(RunProducts, x, dispatch, gate, weights, hidden)
+
+
+def expert_onednn(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """The same with oneDNN's products."""
+    return _apply(OneDNNProducts, x, dispatch, gate, weights, hidden)
+
+
+def _apply(
+    products: Type[RunProducts], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
+) -> Tensor:
+    return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _ExpertRuns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, dispatch: Dispatch, hidden: Hidden, keep: bool, x: Tensor, gate: Tensor, *weights: Tensor
+        ctx: Any,
+        dispatch: Dispatch,
+        products: Type[RunProducts],
+        hidden: Hidden,
+        keep: bool,
+        x: Tensor,
+        gate: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         weight1, bias1, weight2, bias2 = weights
         activation = with_gradient(hidden.activation)
@@ -39,25 +58,25 @@ class _ExpertRuns(torch.autograd.Function):
         masks: List[Tensor] = []
         for rows, expert in _runs(dispatch):
             token = dispatch.token[rows]
-            before = torch.addmm(bias1[expert], x.index_select(0, token), weight1[expert])
+            before = products.rows(x.index_select(0, token), weight1[expert], bias1[expert])
             activated = activation.apply(before)
             if hidden.dropout:
                 masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
                 activated = activated * masks[-1]
             if keep:
                 kept.append(activated if activation.keeps_output else before)
-            output = torch.addmm(bias2[expert], activated, weight2[expert])
+            output = products.rows(activated, weight2[expert], bias2[expert])
             y.index_add_(0, token, output.to(y.dtype).mul_(gate_N[rows, None]))
         if keep:
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
-            ctx.dispatch, ctx.activation, ctx.gate_shape = dispatch, activation, gate.shape
+            ctx.dispatch, ctx.products, ctx.activation, ctx.gate_shape = dispatch, products, activation, gate.shape
         return y.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, gate_N, weight1, weight2, bias2, *kept = ctx.saved_tensors
-        runs = _runs(ctx.dispatch)
+        runs, products = _runs(ctx.dispatch), ctx.products
         kept, masks = kept[: len(runs)], kept[len(runs) :]
         dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
         dweight1, dweight2 = room_like(weight1), room_like(weight2)
@@ -70,25 +89,25 @@ class _ExpertRuns(torch.autograd.Function):
                 if masks:
                     activated = activated * masks[place]
             doutput = dy.index_select(0, token)
-            dhidden = doutput @ weight2[expert].t()
+            dhidden = products.rows(doutput, weight2[expert].t())
             dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))
             dgate_N[rows] += doutput @ bias2[expert]
             doutput.mul_(gate)
-            torch.mm(activated.t(), doutput, out=dweight2[expert])
+            products.weight(activated, doutput, out=dweight2[expert])
             torch.sum(doutput, 0, out=dbias2[expert])
             dhidden.mul_(gate)
             if masks:
                 dhidden.mul_(masks[place])
             dhidden = ctx.activation.backward(dhidden, kept[place])
-            torch.mm(x.index_select(0, token).t(), dhidden, out=dweight1[expert])
+            products.weight(x.index_select(0, token), dhidden, out=dweight1[expert])
             torch.sum(dhidden, 0, out=dbias1[expert])
-            dx.index_add_(0, token, (dhidden @ weight1[expert].t()).to(dx.dtype))
+            dx.index_add_(0, token, products.rows(dhidden, weight1[expert].t()).to(dx.dtype))
         for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
             for gradient in (dweight1, dbias1, dweight2, dbias2):
                 gradient[expert].zero_()  # torch DDP would stop at a missing one
         dgate = torch.empty_like(dgate_N)
         dgate[ctx.dispatch.order] = dgate_N
-        return None, None, None, dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2
+        return (*(None,) * 4, dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2)
 
 
 def _runs(dispatch: Dispatch) -> List[Tuple[slice, int]]:

@@ -97,8 +97,6 @@ class HyperRouter(Router):
         self.hypernetwork = hypernetwork
         self.embedding = nn.Parameter(torch.empty(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
-        self._inference = False
-        self._generated: Optional[Tuple[Tensor, Tensor]] = None
         self.reset_parameters()
 
     @classmethod
@@ -113,7 +111,7 @@ class HyperRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
-        self._generated = None
+        self.forget()
         if self._owns_hypernetwork:
             self.hypernetwork.reset_parameters(generator)
         self.embedding.normal_(0.0, 1.0, generator=generator)
@@ -132,30 +130,5 @@ class HyperRouter(Router):
         return weight, bias.squeeze(1)
 
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
-        if not self._inference:
-            return F.linear(x, *self.generate(x.dtype))
-        if self._generated is None or self._generated[0].dtype != x.dtype:
-            with torch.no_grad():
-                self._generated = self.generate(x.dtype)
-        return F.linear(x, *self._generated)
-
-    def make_generation_fast_(self, **_: Any) -> None:
-        """Generate the weights once from now on; fairseq calls this where a model is only used for inference.
-
-        At one token a step generating them would cost more than all experts. Weights that are loaded or drawn,
-        another device or another dtype make them be generated anew; a change in place does not.
-        """
-        self._inference = True
-
-    def train(self, mode: bool = True) -> "HyperRouter":
-        if mode:
-            self._inference, self._generated = False, None
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "HyperRouter":
-        self._generated = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._generated = None
-        super()._load_from_state_dict(*args, **kwargs)
+        # At one token a step generating the weights would cost more than all experts.
+        return F.linear(x, *self.once(x.dtype, lambda: self.generate(x.dtype)))

@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Type, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.inference import InferenceCache
 
 GATE_SOFTMAX = ("selected", "all")
 
@@ -46,7 +47,7 @@ class Routing(NamedTuple):
     expert's capacity; None when every assignment is carried out."""
 
 
-class Router(nn.Module, ABC):
+class Router(InferenceCache, ABC):
     """Choose K of E experts for every token.
 
     1. z = logits(x), (T, E), in float32 (or wider) whatever the dtype of x.

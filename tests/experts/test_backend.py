@@ -7,25 +7,33 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.experts import ExpertBank
+from fairseq_hyperrouter.experts import ExpertBank, run_products
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM
 from fairseq_hyperrouter.experts.products import BLOCK_ROWS
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+FLOAT32 = ("grouped", "onednn")  # what they are made for
 SIZES = {"num_experts": 3, "embed_dim": 4, "ffn_embed_dim": 8}
 
 
 def bank(backend, dtype=None, **options):
     if backend == "grouped" and not HAS_GROUPED_MM:
         pytest.skip("this torch has no grouped_mm")
+    if backend == "onednn" and not run_products.has_onednn():
+        pytest.skip("this torch has no oneDNN")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))
 
 
+@pytest.fixture(autouse=True)
+def onednn_for_few_rows_too(monkeypatch):
+    monkeypatch.setattr(run_products, "FEW_ROWS", 0)
+
+
 def widest(backend):
-    return torch.float32 if backend == "grouped" else torch.float64
+    return torch.float32 if backend in FLOAT32 else torch.float64
 
 
 def run(experts, x, index, gate, kept=None):
@@ -78,7 +86,7 @@ def test_outputs_and_gradients(backend, index, dropping):
     kept = {"nothing": None, "some": places % 3 != 1, "everything": places < 0}[dropping]
     found = run(experts, x, index, gate, kept)
     expected = run(SlowBank(experts), x.double(), index, gate.double(), kept)
-    near = {"rtol": 1e-4, "atol": 1e-5 * max(1, len(index) ** 0.5)} if backend == "grouped" else {}
+    near = {"rtol": 1e-4, "atol": 1e-5 * max(1, len(index) ** 0.5)} if backend in FLOAT32 else {}
     torch.testing.assert_close(found, expected, **near)
 
 
@@ -90,7 +98,7 @@ def test_activations(backend, activation):
     reference = bank("loop", activation=activation)
     reference.load_state_dict(experts.state_dict())
     expected = run(reference, x.double(), INDEX["mixed"], gate.double())
-    near = {"rtol": 1e-4, "atol": 1e-5} if backend == "grouped" else {}
+    near = {"rtol": 1e-4, "atol": 1e-5} if backend in FLOAT32 else {}
     torch.testing.assert_close(run(experts, x, INDEX["mixed"], gate), expected, **near)
 
 
@@ -98,7 +106,7 @@ def test_activations(backend, activation):
 def test_gradcheck(backend):
     if backend == "grouped":
         pytest.skip("grouped_mm refuses float64, which gradcheck needs; the blocks share its autograd function")
-    experts = bank(backend, activation=F.silu)
+    experts = bank(backend, activation=F.silu, dtype=torch.float64)
     names, weights = zip(*experts.named_parameters())
     index, kept = INDEX["mixed"], torch.ones(5, 2, dtype=torch.bool)
     kept[1, 0] = False
@@ -202,7 +210,7 @@ def test_nothing_is_copied_to_the_host(backend, dropping):
 
 
 def test_unknown_backend():
-    with pytest.raises(UserError, match=r"backend 'fast': choose from auto, runs, grouped, blocks, loop"):
+    with pytest.raises(UserError, match=r"backend 'fast': choose from auto, runs, onednn, grouped, blocks, loop"):
         ExpertBank(**SIZES, backend="fast")
 
 
@@ -214,10 +222,38 @@ def test_grouped_needs_a_new_torch(monkeypatch):
         ExpertBank(**SIZES)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
 
 
-def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch):
+@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "onednn")])
+def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
     monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(backends, "onednn_is_faster", lambda: faster)
     experts = ExpertBank(**SIZES)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
-    assert [record.message for record in caplog.records] == ["experts are computed by the backend runs (cpu, float32)"]
+    assert [record.message for record in caplog.records] == [
+        f"experts are computed by the backend {name} (cpu, float32)"
+    ]
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, torch.tanh])
+@pytest.mark.parametrize("index", INDEX.values(), ids=INDEX)
+def test_weights_packed_for_inference(activation, index):
+    experts = bank("onednn", activation=activation, dtype=torch.float32).eval()
+    x, gate, kept = torch.randn(len(index), 4), torch.rand(index.shape), torch.rand(index.shape) < 0.7
+    with torch.no_grad():
+        for mask in (None, kept, torch.zeros_like(kept)):
+            expected = experts(x, index, gate, mask)
+            experts.make_generation_fast_()
+            torch.testing.assert_close(experts(x, index, gate, mask), expected)
+            experts.train().eval()
+
+
+def test_packed_weights_are_forgotten_when_others_are_loaded():
+    experts, others = (bank("onednn", dtype=torch.float32).eval() for _ in range(2))
+    x, index, gate = torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2)
+    with torch.no_grad():
+        for module in (experts, others):
+            module.make_generation_fast_()
+            module(x, index, gate)
+        experts.load_state_dict(others.state_dict())
+        assert torch.equal(experts(x, index, gate), others(x, index, gate))

@@ -1,0 +1,72 @@
+"""Products of one expert's rows, on a CPU.
+
+Dimensions: n rows of the expert, I and O the sizes of a weight.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+FEW_ROWS = 4
+PACKED_FOR_ROWS = 32
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class RunProducts:
+    """torch's own products."""
+
+    @staticmethod
+    def rows(a: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """a (n, I), weight (I, O) and bias (O,) -> a weight + bias (n, O)"""
+        return torch.mm(a, weight) if bias is None else torch.addmm(bias, a, weight)
+
+    @staticmethod
+    def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
+        """a (n, I) and b (n, O) -> out (I, O), a transposed times b"""
+        torch.mm(a.t(), b, out=out)
+
+
+class OneDNNProducts(RunProducts):
+    """Products through oneDNN in float32, for which torch itself takes MKL; torch's for other dtypes and few rows.
+
+    The same operation is what torch.compile takes for a linear layer on a CPU.
+    """
+
+    @staticmethod
+    def rows(a: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
+            return RunProducts.rows(a, weight, bias)
+        return _linear(a, weight.t(), bias, "none", [], "")
+
+    @staticmethod
+    def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
+        if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
+            return RunProducts.weight(a, b, out)
+        out.copy_(_linear(a.t().contiguous(), b.t(), None, "none", [], ""))
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """weight (I, O) in the layout that oneDNN likes best."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), PACKED_FOR_ROWS)
+
+
+def packed_rows(a: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
+    """``OneDNNProducts.rows`` with a packed weight, and with relu of it on the way."""
+    return _linear(a, weight, bias, "relu" if relu else "none", [], "")
+
+
+def has_onednn() -> bool:
+    """Whether torch can call oneDNN on rows and weights as they are."""
+    return _linear is not None
+
+
+@lru_cache(maxsize=None)
+def onednn_is_faster() -> bool:
+    """Whether this is a CPU whose AVX-512 units MKL leaves half idle in float32: one with them that is AMD's."""
+    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
+    return has_onednn() and amd and capability == "AVX512"
