@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--cpu", action="store_true", help="use no GPU")
     sweep.set_defaults(run=_sweep)
 
+    launch = subcommands.add_parser("launch", help="run a fairseq command as several workers on this machine's CPUs")
+    launch.add_argument("workers", type=int, metavar="WORKERS", help="how many")
+    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="as in fairseq-train DATA ...")
+    launch.set_defaults(run=_launch)
+
     user_dir = subcommands.add_parser("user-dir", help="print the path for fairseq's --user-dir")
     user_dir.set_defaults(run=_user_dir)
     return parser
@@ -86,6 +91,14 @@ def _sweep(args: argparse.Namespace) -> int:
             for path in write(rows, args.out):
                 print(f"wrote {path}")
     return 0
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from .launch import launch
+
+    if not args.command:
+        raise UserError("launch: needs a command, as in fairseq-train DATA ...")
+    return launch(args.workers, args.command)
 
 
 def _user_dir(args: argparse.Namespace) -> int:

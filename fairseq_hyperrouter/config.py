@@ -121,6 +121,12 @@ class MoEConfig(FairseqDataclass):
             "grouped (GPU, bfloat16), blocks (GPU, any dtype), loop (plain autograd)"
         },
     )
+    moe_expert_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "divide the experts over this many workers, which exchange tokens (default: every worker has all)"
+        },
+    )
 
     # options from other parts of the config
     seed: int = II("common.seed")
@@ -138,6 +144,7 @@ class MoEConfig(FairseqDataclass):
             "moe_hyper_embed_dim",
             "moe_hyper_hidden_dim",
             "moe_freq",
+            "moe_expert_parallel_size",
         ):
             self._check_least(name, 1)
         self._check_least("moe_shared_experts", 0)
@@ -156,6 +163,11 @@ class MoEConfig(FairseqDataclass):
                 )
         if self.moe_top_k_choices is not None and self.moe_top_k_schedule != "elastic":
             raise UserError(f"--moe-top-k-choices {self.moe_top_k_choices}: only with --moe-top-k-schedule elastic")
+        if self.moe_expert_count % self.moe_expert_parallel_size:
+            raise UserError(
+                f"--moe-expert-parallel-size {self.moe_expert_parallel_size}: must divide --moe-expert-count "
+                f"({self.moe_expert_count})"
+            )
         if self.moe_layers is not None and self.moe_freq != 1:
             raise UserError(f"--moe-freq {self.moe_freq}: not together with --moe-layers {self.moe_layers}")
         _ = self.eval_top_k, self.schedule  # parsing checks them

@@ -22,6 +22,9 @@ class WrongCheckpoint(UserError):
     """The tensors of a checkpoint do not fit the model; who catches it may know the file."""
 
 
+_LOST_WORKER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+
+
 def explain(error: BaseException) -> Optional[str]:
     """The user's mistake behind *error* in one line; None when it is not one."""
     chain = list(_chain(error))
@@ -94,6 +97,16 @@ def _explain_stock(error: BaseException) -> Optional[str]:
             return f"{text}; data folders are made by fairseq-preprocess"
         hint = "; DATA must be a folder made by fairseq-preprocess" if str(error.filename).endswith("dict.txt") else ""
         return f"no such file: {error.filename}{hint}"
+    if (isinstance(error, NameError) and error.name == "xm") or getattr(error, "name", None) == "torch_xla":
+        return (
+            "--bf16: with several workers stock fairseq-train takes it for a TPU; "
+            "use fairseq-hydra-train with common.bf16=true"
+        )
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_WORKER):
+        return (
+            "another worker of this training has ended, or lost its connection; what was saved is in --save-dir, and "
+            f"the same command goes on from there ({text.splitlines()[0]})"
+        )
     where = "".join(traceback.format_tb(error.__traceback__)) + text
     if isinstance(error, AttributeError) and "load_model_ensemble" in where and _local(error, "filename", "") is None:
         return "--path: must name a checkpoint"

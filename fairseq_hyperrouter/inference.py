@@ -25,7 +25,7 @@ class InferenceCache(nn.Module):
         self.for_inference = True
 
     def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """What *compute* returned the first time it was called for *key*; computed every time while training may come."""
+        """What *compute* returned when it was first called for *key*; computed every time while training may come."""
         if not self.for_inference:
             return compute()
         if key not in self._computed:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .experts import ExpertBank, SharedExperts
+from .experts import ExpertBank, ExpertParallel, SharedExperts
 from .routing import Router, Routing, RoutingContext, limit_capacity
 
 
@@ -34,6 +34,7 @@ class MoELayer(nn.Module):
         capacity_factor: an expert takes at most ceil(factor * K * T / E) assignments in training.
         shared_experts: how many experts every token goes to beside the chosen ones.
         backend: what computes the experts: auto, runs, onednn, grouped, blocks or loop; see ``experts/backend.py``.
+        parallel: the workers that the experts are divided over; see ``experts/parallel.py``.
 
     Raises:
         UserError (a ValueError): naming the argument, its value and what is allowed.
@@ -56,6 +57,7 @@ class MoELayer(nn.Module):
         capacity_factor: Optional[float] = None,
         shared_experts: int = 0,
         backend: str = "auto",
+        parallel: Optional[ExpertParallel] = None,
     ) -> None:
         super().__init__()
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
@@ -68,7 +70,7 @@ class MoELayer(nn.Module):
 
         sizes = (router.embed_dim, ffn_embed_dim)
         hidden = {"activation": activation, "dropout": activation_dropout}
-        self.experts = ExpertBank(router.num_experts, *sizes, **hidden, backend=backend)
+        self.experts = ExpertBank(router.num_experts, *sizes, **hidden, backend=backend, parallel=parallel)
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
 
     def _checked(self, top_k: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Sequence
 
 from .checkpoints import check_same_model, restored_checkpoint
 from .config import parse_ints
+from .distributed_options import check_workers
 from .errors import UserError
 
 
@@ -71,6 +72,7 @@ def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
         top_ks: the numbers of experts that the task validates with.
     """
     _check_trainer(cfg)
+    check_workers(cfg)
     name = cfg.checkpoint.best_checkpoint_metric
     match = re.fullmatch(r"(loss|ppl|bpc)_k(\d+)", name)
     if match and int(match[2]) not in top_ks:

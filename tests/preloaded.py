@@ -7,7 +7,9 @@ Each run is a fork that executes the command's script with its own arguments, as
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+from fairseq_hyperrouter.launch import free_port, worker_options
 from tests.commands import BIN, REPO, Result, environment
 
 SERVER = r"""
@@ -39,26 +41,62 @@ def execute(argv, cwd, out, err):
 
 for line in sys.stdin:
     request = json.loads(line)
+    if isinstance(request, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
+        continue
     child = os.fork()
     if not child:
         execute(**request)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(child, flush=True)
 """
 
 
 class Preloaded:
     def __init__(self, folder):
         self.folder = folder
+        self.started = 0
+        self.files = {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment(), text=True, **pipes)
 
     def run(self, command, *args, cwd=REPO):
+        return self.wait(self.start(command, *args, cwd=cwd))
+
+    def start(self, command, *args, cwd=REPO):
+        """Start a command and return its process number."""
         program = ["-m", command[3:]] if command.startswith("-m ") else [str(BIN / command)]
-        files = {name: str(self.folder / name) for name in ("out", "err")}
-        request = {"argv": [*program, *map(str, args)], "cwd": str(cwd), **files}
+        self.started += 1
+        files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
+        process = self._ask({"argv": [*program, *map(str, args)], "cwd": str(cwd), **files})
+        self.files[process] = [Path(file) for file in files.values()]
+        return process
+
+    def log(self, process):
+        """What a command has printed so far."""
+        return "".join(file.read_text() for file in self.files[process])
+
+    def wait(self, process):
+        """Its Result, at its end."""
+        code = self._ask(process)
+        return Result(code, *(file.read_text() for file in self.files.pop(process)))
+
+    def run_workers(self, workers, command, *args):
+        """The Results of a command on *workers* CPU workers; all must end well."""
+        results = [self.wait(process) for process in self.start_workers(workers, command, *args)]
+        for rank, result in enumerate(results):
+            assert result.code == 0, f"worker {rank} of {workers}: {result.code}\n{result.log[-6000:]}"
+        return results
+
+    def start_workers(self, workers, command, *args):
+        """The process numbers of a command on *workers* CPU workers, as ``fairseq-hyperrouter launch`` starts them."""
+        if workers == 1:
+            return [self.start(command, *args)]
+        options = worker_options(workers, free_port())
+        return [self.start(command, *args, *options, "--distributed-rank", rank) for rank in range(workers)]
+
+    def _ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        code = int(self.process.stdout.readline())
-        return Result(code, *((self.folder / name).read_text() for name in ("out", "err")))
+        return int(self.process.stdout.readline())
 
     def close(self):
         self.process.stdin.close()

@@ -35,8 +35,8 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
     flops = 0.0
     for layer in layers:
         router, experts = layer.router, layer.experts
-        expert_parameters = sum(p.numel() for p in experts.parameters()) // experts.num_experts
-        expert_products = (experts.weight1.numel() + experts.weight2.numel()) // experts.num_experts
+        expert_parameters = sum(p.numel() for p in experts.parameters()) // len(experts.local_experts)
+        expert_products = (experts.weight1.numel() + experts.weight2.numel()) // len(experts.local_experts)
         active -= expert_parameters * (experts.num_experts - top_k)
         active += router.num_experts * (router.embed_dim + 1) - sum(p.numel() for p in router.parameters())
         flops += 2 * (router.num_experts * router.embed_dim + top_k * expert_products)

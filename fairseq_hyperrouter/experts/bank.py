@@ -4,7 +4,8 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 """
 
 import math
-from typing import Callable, Optional, Sequence
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.inference import InferenceCache
 
 from .backend import AUTO, BACKENDS, check_backend, choose
-from .dispatch import order_by_expert
+from .dispatch import Dispatch, order_by_expert
 from .packed import expert_packed, pack
+from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden
 
 
@@ -26,9 +28,12 @@ class ExpertBank(InferenceCache):
 
     Args:
         backend: which implementation computes; "auto" chooses by device, dtype and shape.
+        parallel: the workers that the experts are divided over; by default every worker holds all of them. A state
+            dict always holds all experts: ``gather`` collects them before, loading takes this worker's.
 
     Raises:
-        UserError (a ValueError): a size that is not positive, a backend that does not exist.
+        UserError (a ValueError): a size that is not positive, a backend that does not exist, experts that cannot be
+            divided evenly over the workers.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class ExpertBank(InferenceCache):
         activation: Callable[[Tensor], Tensor] = F.relu,
         dropout: float = 0.0,
         backend: str = AUTO,
+        parallel: Optional[ExpertParallel] = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_experts", num_experts), ("embed_dim", embed_dim), ("ffn_embed_dim", ffn_embed_dim)):
@@ -48,29 +54,35 @@ class ExpertBank(InferenceCache):
         if not 0 <= dropout < 1:
             raise UserError(f"expert bank dropout {dropout}: must be at least 0 and below 1")
         check_backend("backend", backend)
+        if parallel is not None and num_experts % parallel.size:
+            raise UserError(f"expert bank num_experts {num_experts}: must be a multiple of {parallel.size} workers")
+        self.num_experts = num_experts
+        self.parallel = parallel
+        self.local_experts = range(num_experts) if parallel is None else parallel.experts(num_experts)
+        self._gathered: Optional[Dict[str, Optional[Tensor]]] = None
         self.backend = backend
         self.activation = activation
         self.dropout = dropout
-        self.weight1 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_embed_dim))
-        self.bias1 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim))
-        self.weight2 = nn.Parameter(torch.empty(num_experts, ffn_embed_dim, embed_dim))
-        self.bias2 = nn.Parameter(torch.empty(num_experts, embed_dim))
+        held = len(self.local_experts)
+        self.weight1 = nn.Parameter(torch.empty(held, embed_dim, ffn_embed_dim))
+        self.bias1 = nn.Parameter(torch.empty(held, ffn_embed_dim))
+        self.weight2 = nn.Parameter(torch.empty(held, ffn_embed_dim, embed_dim))
+        self.bias2 = nn.Parameter(torch.empty(held, embed_dim))
+        if parallel is not None:
+            for parameter in self.parameters():
+                parameter.expert = True  # fairseq's mark: not the same on all workers
         self.reset_parameters()
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight1.size(0)
 
     @torch.no_grad()
     def reset_parameters(self, generators: Optional[Sequence[torch.Generator]] = None) -> None:
         """Draw every expert's weights; with *generators*, one per expert, each from its own."""
         self.forget()
-        for expert in range(self.num_experts):
+        for place, expert in enumerate(self.local_experts):
             generator = generators[expert] if generators else None
             for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
                 bound = 1 / math.sqrt(weight.size(1))
-                weight[expert].uniform_(-bound, bound, generator=generator)
-                bias[expert].uniform_(-bound, bound, generator=generator)
+                weight[place].uniform_(-bound, bound, generator=generator)
+                bias[place].uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor] = None) -> Tensor:
         """y_t = sum over k of gate_tk FFN_{expert_index_tk}(x_t) over the assignments that are kept.
@@ -85,6 +97,10 @@ class ExpertBank(InferenceCache):
             y (T, D); zero for a token none of whose assignments is kept.
         """
         weights = ExpertWeights(self.weight1, self.bias1, self.weight2, self.bias2)
+        if self.parallel is not None:
+            # Data parallelism averages gradients over the workers; those of these experts already are of all tokens.
+            share = 1 / self.parallel.workers
+            weights = ExpertWeights(*(ScaleGradient.apply(weight, share) for weight in weights))
         # A backend's own autograd function would get what autocast makes of each product; give it all of one dtype.
         # An empty product tells which one, with autocast and without.
         dtype = torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype
@@ -98,12 +114,40 @@ class ExpertBank(InferenceCache):
         self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor], weights: ExpertWeights
     ) -> Tensor:
         dispatch = order_by_expert(expert_index, self.num_experts, kept)
+        if self.parallel is None:
+            return self._compute_here(x, dispatch, gate, weights)
+        return over_workers(x, dispatch, gate, self.parallel, partial(self._compute_here, weights=weights))
+
+    def _compute_here(self, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         backend = choose(self.backend, x, dispatch, weights, self.for_inference)
         if backend == "onednn" and self.for_inference:
             return expert_packed(x, dispatch, gate, self.once(x.dtype, lambda: pack(weights)), hidden)
         return BACKENDS[backend](x, dispatch, gate, weights, hidden)
 
+    def gather(self) -> None:
+        """Collect all experts on the group's first worker, for the next state dict; all workers must call it."""
+        self._gathered = {name: gather_experts(weight, self.parallel) for name, weight in self.named_parameters()}
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.parallel is None:
+            return
+        if self._gathered is None:
+            raise RuntimeError("the experts are divided over workers: call gather() on all of them before state_dict()")
+        for name, weight in self._gathered.items():
+            destination[prefix + name] = weight
+        self._gathered = None
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in self.named_parameters():
+            whole = state_dict.get(prefix + name)
+            if whole is not None and len(whole) == self.num_experts != len(parameter):
+                state_dict[prefix + name] = whole[self.local_experts.start : self.local_experts.stop]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
-        num_experts, embed_dim, ffn_embed_dim = self.weight1.shape
-        return f"num_experts={num_experts}, {embed_dim} -> {ffn_embed_dim} -> {embed_dim}, dropout={self.dropout}"
+        held, embed_dim, ffn_embed_dim = self.weight1.shape
+        divided = "" if self.parallel is None else f", {held} of them here"
+        sizes = f"{embed_dim} -> {ffn_embed_dim} -> {embed_dim}"
+        return f"num_experts={self.num_experts}{divided}, {sizes}, dropout={self.dropout}"

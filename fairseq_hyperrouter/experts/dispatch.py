@@ -37,3 +37,15 @@ def order_by_expert(expert_index: Tensor, num_experts: int, kept: Optional[Tenso
     ends = torch.searchsorted(sorted_N, experts, right=True)
     token = order.div(expert_index.size(1), rounding_mode="floor")
     return Dispatch(order, token, sorted_N, ends, kept is None)
+
+
+def places(dispatch: Dispatch) -> Tensor:
+    """(N,) int64: at which place each assignment stands."""
+    place = torch.empty_like(dispatch.order)
+    place[dispatch.order] = torch.arange(place.numel(), device=place.device)
+    return place
+
+
+def sum_of_assignments(rows: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+    """(N, D) rows in the order of the experts -> (T, D): of each token, the sum of its K rows; *shape* is (T, K)."""
+    return rows.index_select(0, place).view(*shape, rows.size(1)).sum(1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activation import with_gradient
-from .dispatch import Dispatch
+from .dispatch import Dispatch, places, sum_of_assignments
 from .products import BlockProducts, GroupedProducts, Products
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
@@ -61,13 +61,12 @@ class _Grouped(torch.autograd.Function):
             mask = torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout)
             activated = activated * mask
         output = products.rows(activated, weight2).add_(bias2.index_select(0, expert))
-        place = torch.empty_like(dispatch.order)
-        place[dispatch.order] = torch.arange(place.numel(), device=place.device)  # of each assignment
+        place = places(dispatch)
         if keep:
             kept = activated if activation.keeps_output else before
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, kept, mask, expert, place)
             ctx.dispatch, ctx.activation, ctx.products, ctx.shape = dispatch, activation, products, gate.shape
-        return _sum_of_assignments(output.to(sum_dtype(x)) * gate_N[:, None], place, gate.shape).to(x.dtype)
+        return sum_of_assignments(output.to(sum_dtype(x)) * gate_N[:, None], place, gate.shape).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,15 +93,10 @@ class _Grouped(torch.autograd.Function):
         dx_N = products.rows(dhidden, weight1.transpose(1, 2))
         return (
             *(None,) * 4,
-            _sum_of_assignments(dx_N.to(wide), place, ctx.shape).to(x.dtype),
+            sum_of_assignments(dx_N.to(wide), place, ctx.shape).to(x.dtype),
             dgate_N.to(gate_N.dtype).index_select(0, place).view(ctx.shape),
             dweight1,
             products.sums(dhidden),
             dweight2,
             products.sums(doutput),
         )
-
-
-def _sum_of_assignments(rows: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
-    """(N, D) rows in the order of the experts -> (T, D): of each token, the sum of its K rows."""
-    return rows.index_select(0, place).view(*shape, rows.size(1)).sum(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.config import MoEConfig, parse_top_k
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import ROUTERS, Routing
 
@@ -28,7 +29,7 @@ class MoEDecoder(TransformerDecoderBase):
 
     In training k follows the schedule of *moe* at the number of updates that the trainer announces; in
     evaluation it is ``eval_top_k``. ``extra["routing"]`` holds one Routing per MoE layer, in the order of the
-    layers; None for a layer that LayerDrop left out.
+    layers; None for a layer that LayerDrop left out. With *parallel* the experts are divided over workers.
 
     Raises:
         UserError (a ValueError): an option that does not fit, by name, value and what is allowed.
@@ -41,6 +42,7 @@ class MoEDecoder(TransformerDecoderBase):
         dictionary: Any,
         embed_tokens: nn.Module,
         no_encoder_attn: bool = False,
+        parallel: Optional[ExpertParallel] = None,
     ) -> None:
         moe.check(cfg.decoder.layers)
         scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
@@ -50,6 +52,7 @@ class MoEDecoder(TransformerDecoderBase):
                 raise UserError(f"{option} {value}: does not reach inside experts, leave it out")
         # nn.Module's constructor has not run yet: plain attributes only.
         self.moe_config = moe
+        self.parallel = parallel
         self.moe_numbers = sorted(moe.layer_numbers(cfg.decoder.layers))
         self._built: List[Optional[MoELayer]] = []  # one entry per layer that build_decoder_layer was asked for
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
@@ -67,7 +70,7 @@ class MoEDecoder(TransformerDecoderBase):
             self._built.append(None)
             return super().build_decoder_layer(cfg, no_encoder_attn)
         lower = [layer.router for layer in self._built if layer is not None]
-        moe = build_moe_layer(self.moe_config, cfg, number, lower)
+        moe = build_moe_layer(self.moe_config, cfg, number, lower, self.parallel)
         self._built.append(moe)
         layer = MoEDecoderLayer(cfg, moe, self.moe_numbers.index(number), no_encoder_attn)
         if cfg.checkpoint_activations:
@@ -171,7 +174,13 @@ class MoEDecoder(TransformerDecoderBase):
         return self.dropout_module(x).transpose(0, 1), padding_mask
 
 
-def build_moe_layer(moe: MoEConfig, cfg: TransformerConfig, number: int, lower: List[Any]) -> MoELayer:
+def build_moe_layer(
+    moe: MoEConfig,
+    cfg: TransformerConfig,
+    number: int,
+    lower: List[Any],
+    parallel: Optional[ExpertParallel] = None,
+) -> MoELayer:
     """The MoE layer of decoder layer *number*; *lower* are the routers of the MoE layers below it.
 
     The router, every expert and the shared experts are drawn from generators of their own, seeded by seed, layer
@@ -194,6 +203,7 @@ def build_moe_layer(moe: MoEConfig, cfg: TransformerConfig, number: int, lower: 
             capacity_factor=moe.moe_capacity_factor,
             shared_experts=moe.moe_shared_experts,
             backend=moe.moe_backend,
+            parallel=parallel,
         )
         torch.manual_seed(place(1))
         if layer.shared_experts is not None:

@@ -22,7 +22,10 @@ from fairseq_hyperrouter.checkpoints import check_readable, shape_difference
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
 from fairseq_hyperrouter.data_folder import check_folders
+from fairseq_hyperrouter.distributed_options import check_expert_parallel
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
+from fairseq_hyperrouter.experts import ExpertParallel
+from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.stock_options import check_model_options, check_training
 
 from .moe_decoder import MoEDecoder
@@ -49,8 +52,13 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
         check_model_options(args, len(task.source_dictionary))
-        if running_command() in TRAINING_COMMANDS and not hasattr(task, "valid_top_k"):  # a stock task
+        is_training = running_command() in TRAINING_COMMANDS
+        if is_training and not hasattr(task, "valid_top_k"):  # a stock task
             check_training(args._get_parent())
+        moe = HyperRouterLanguageModelConfig.from_namespace(args)
+        divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
+        if divides:
+            check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
         if args.decoder_layers_to_keep:
             _keep_layers(args)
         if safe_getattr(args, "max_target_positions", None) is None:
@@ -67,7 +75,10 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             task.target_dictionary,
             model.decoder.embed_tokens,
             no_encoder_attn=True,
+            parallel=ExpertParallel(moe.moe_expert_parallel_size) if divides else None,
         )
+        if divides:
+            divide_experts(args._get_parent(), model)
         return model
 
     @classmethod

@@ -1,5 +1,6 @@
 """``--task hyperrouter``: language modeling for models that can use more or fewer experts."""
 
+import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,9 +14,14 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.data_folder import check_folders, check_split
+from fairseq_hyperrouter.distributed_options import number_of_workers
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.stock_options import check_training
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
+
+from .epoch_batches import EpochBatches
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,6 +98,19 @@ class HyperRouterTask(LanguageModelingTask):
         """
         return False
 
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatches:
+        return EpochBatches.like(super().get_batch_iterator(*args, **kwargs))
+
+    def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock; but several workers of fairseq-eval-lm, which adds up nothing over them, each evaluate the whole set.
+
+        What they print is then its loss, and not that of one worker's share. fairseq-validate divides the work.
+        """
+        if number_of_workers() > 1:
+            logger.warning("fairseq-eval-lm: every worker evaluates the whole set; fairseq-validate divides it")
+            kwargs.update(num_shards=1, shard_id=0)
+        return super().eval_lm_dataloader(*args, **kwargs)
+
     def _check_best_metric(self, name: str, sentence_avg: bool) -> None:
         per_k = [f"{metric}_k{top_k}" for top_k in self.valid_top_k for metric in ("loss", "ppl", "bpc")]
         logged = ["loss", "ppl", "bpc", *(["nll_loss"] if sentence_avg else []), *per_k]
@@ -110,6 +129,8 @@ class HyperRouterTask(LanguageModelingTask):
         return loss, sample_size, logging_output
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
+        if not sample:  # fairseq-validate, where another worker has one batch more
+            return 0, 0, {"ntokens": 0, "nsentences": 0, "sample_size": 0}
         loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         logging_output["ncharacters"] = self._count_characters(sample)
         for top_k in self.valid_top_k:
@@ -128,10 +149,11 @@ class HyperRouterTask(LanguageModelingTask):
         tokens = sum(output.get("ntokens", 0) for output in logging_outputs)
         characters = sum(output.get("ncharacters", 0) for output in logging_outputs)
         for suffix in ("", *(f"_k{top_k}" for top_k in self.valid_top_k)):
-            if not all(f"loss{suffix}" in output for output in logging_outputs):
+            outputs = [output for output in logging_outputs if f"loss{suffix}" in output]
+            if not outputs:
                 continue  # training computes no loss_k*
-            name = "nll_loss" if not suffix and "nll_loss" in logging_outputs[0] else f"loss{suffix}"
-            bits = sum(output[name] for output in logging_outputs) / math.log(2)
+            name = "nll_loss" if not suffix and "nll_loss" in outputs[0] else f"loss{suffix}"
+            bits = sum(output[name] for output in outputs) / math.log(2)
             if characters > 0:
                 metrics.log_scalar(f"bpc{suffix}", bits / characters, characters, priority=40, round=4)
             if suffix:

@@ -1,0 +1,61 @@
+"""Options of a training on several workers that cannot work, found before it starts."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from .errors import UserError
+
+OPTION = "--moe-expert-parallel-size"
+
+
+def check_workers(cfg: Any) -> None:
+    """Raise a UserError for a way to use several workers that stock fairseq would end with a traceback.
+
+    Args:
+        cfg: the whole config.
+    """
+    backend = cfg.distributed_training.ddp_backend
+    if number_of_workers() == 1 and backend not in ("fully_sharded",):
+        return
+    if cfg.common.cpu and backend in ("pytorch_ddp", "c10d", "fully_sharded", "slowmo"):
+        raise UserError(f"--ddp-backend {backend}: with --cpu and several workers only legacy_ddp works")
+
+
+def check_expert_parallel(cfg: Any, size: int) -> None:
+    """Raise a UserError for what does not go together with experts that are divided over *size* workers.
+
+    Args:
+        cfg: the whole config.
+    """
+    workers = number_of_workers()
+    if workers % size:
+        raise UserError(f"{OPTION} {size}: this training has {workers} workers, must be a multiple")
+    training, common = cfg.distributed_training, cfg.common
+    keeps_fp16 = common.fp16_no_flatten_grads or common.memory_efficient_fp16
+    for is_given, what, way_out in (
+        (training.ddp_backend == "fully_sharded", "--ddp-backend fully_sharded", "it shards parameters itself"),
+        (training.ddp_backend == "slowmo", "--ddp-backend slowmo", "it averages parameters, give legacy_ddp"),
+        (training.zero_sharding != "none", f"--zero-sharding {training.zero_sharding}", "leave it out"),
+        (cfg.optimization.use_bmuf, "--use-bmuf", "it averages parameters, leave it out"),
+        (cfg.ema.store_ema, "--store-ema", "its copy would hold one worker's experts, leave it out"),
+        (common.fp16 and not keeps_fp16, "--fp16", "add --memory-efficient-fp16 or --fp16-no-flatten-grads"),
+        (common.amp, "--amp", "workers would skip different updates, give --bf16 or --memory-efficient-fp16"),
+        (
+            cfg.checkpoint.no_save_optimizer_state,
+            "--no-save-optimizer-state",
+            "the trainer then does not ask the workers for their experts, leave it out",
+        ),
+        (
+            cfg.model.decoder_layerdrop > 0,
+            f"--decoder-layerdrop {cfg.model.decoder_layerdrop}",
+            "workers would leave out different layers, give 0",
+        ),
+    ):
+        if is_given:
+            raise UserError(f"{what}: not together with {OPTION} {size}: {way_out}")
+
+
+def number_of_workers() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

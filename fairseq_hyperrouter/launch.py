@@ -1,0 +1,113 @@
+"""Start several workers of one fairseq command on the CPUs of this machine; stock fairseq starts none there."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, List, Optional, Sequence
+
+from .errors import UserError
+
+PATIENCE = 60.0
+"""Seconds that workers get to end by themselves after one of them has ended badly."""
+
+
+def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> int:
+    """Run *command* as worker 0 .. *workers* - 1 and return its exit status, 0 when all ended well.
+
+    1. Start every worker with fairseq's options for its rank, gloo, legacy_ddp and ``--cpu``. Each gets its share of
+       the threads, unless OMP_NUM_THREADS says how many.
+    2. Show what worker 0 prints. Of the others, show it when one of them was the first to end badly.
+    3. When one ends badly, the others lose their connection to it and end too; after *patience* seconds those that
+       have not are stopped.
+
+    Raises:
+        UserError (a ValueError): no worker, or a command that does not exist.
+    """
+    if workers < 1:
+        raise UserError(f"launch {workers}: must be at least 1 worker")
+    shared = worker_options(workers, free_port())
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
+    with ExitStack() as stack:
+        logs: List[IO[str]] = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, workers)]
+        processes: List[subprocess.Popen] = []
+        try:
+            for rank, log in enumerate([None, *logs]):
+                arguments = [_program(command[0]), *command[1:], *shared, "--distributed-rank", str(rank)]
+                processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
+            first = _first_failure(processes)
+            if first is None:
+                return 0
+            _wait(processes, patience)
+            return _report(first, processes, logs)
+        finally:
+            _stop(processes)
+
+
+def worker_options(workers: int, port: int) -> List[str]:
+    """fairseq's options for each of *workers* on this machine's CPUs, but its ``--distributed-rank``."""
+    return [
+        *("--cpu", "--distributed-world-size", str(workers), "--distributed-no-spawn"),
+        *("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),
+        *("--distributed-init-method", f"tcp://127.0.0.1:{port}"),
+    ]
+
+
+def _program(name: str) -> str:
+    """The fairseq of this environment, where it has it."""
+    here = Path(sys.executable).with_name(name)
+    if here.exists() or os.sep in name:
+        return str(here if here.exists() else name)
+    raise UserError(f"launch {name}: no such command beside {sys.executable}")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_failure(processes: Sequence[subprocess.Popen]) -> Optional[int]:
+    """Wait until all have ended well, None, or one has not: its rank."""
+    while True:
+        statuses = [process.poll() for process in processes]
+        for rank, status in enumerate(statuses):
+            if status:
+                return rank
+        if all(status == 0 for status in statuses):
+            return None
+        time.sleep(0.05)
+
+
+def _wait(processes: Sequence[subprocess.Popen], patience: float) -> None:
+    until = time.monotonic() + patience
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+
+
+def _report(first: int, processes: Sequence[subprocess.Popen], logs: Sequence[IO[str]]) -> int:
+    status = processes[first].returncode
+    if first > 0:
+        log = logs[first - 1]
+        log.seek(0)
+        sys.stderr.write(log.read())
+    how = f"exit status {status}" if status > 0 else f"signal {-status} ({signal.Signals(-status).name})"
+    print(f"worker {first} of {len(processes)} ended first, with {how}", file=sys.stderr)
+    return status if status > 0 else 128 - status
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    _wait(processes, 5)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
