@@ -12,6 +12,7 @@ from torch import Tensor
 
 FEW_ROWS = 4
 PACKED_FOR_ROWS = 32
+ROOM = 2**18  # elements
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -45,7 +46,10 @@ class OneDNNProducts(RunProducts):
     def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
         if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
             return RunProducts.weight(a, b, out)
-        out.copy_(_linear(a.t().contiguous(), b.t(), None, "none", [], ""))
+        a_t = a.t().contiguous()
+        step = max(128, ROOM // b.size(1))  # there is no product into *out*: keep what is copied there small
+        for start in range(0, len(a_t), step):
+            out[start : start + step] = _linear(a_t[start : start + step], b.t(), None, "none", [], "")
 
 
 def packed_weight(weight: Tensor) -> Tensor:

@@ -1,56 +1,116 @@
-"""Two processes with replicated experts compute what one computes, and resume without help."""
+"""Several workers compute what one computes, with experts on every worker or divided over them."""
 
 import shutil
-import socket
-import subprocess
 
+import pytest
 import torch
+from fairseq import checkpoint_utils
 
-import fairseq_hyperrouter  # noqa: F401  (stock --optimizer sgd saves an argparse.Namespace, which this lets load)
-from tests.commands import load, popen, train, train_arguments
+import fairseq_hyperrouter  # noqa: F401  (registers the architecture)
+from tests.commands import load, loss_of, train_arguments
 
-OPTIONS = [
-    *("--optimizer", "sgd", "--lr", "0.5", "--lr-scheduler", "fixed", "--clip-norm", "0.5"),
-    *("--moe-top-k-schedule", "elastic", "--moe-top-k", "8", "--moe-gate-loss-wt", "0.01"),
-    *("--save-interval-updates", "4"),
-]
-
-
-def train_on_two(data, folder, *options):
-    """fairseq does not start processes on a CPU, so start each rank; both must end well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = ["--distributed-world-size", "2", "--distributed-init-method", f"tcp://127.0.0.1:{port}"]
-    shared += ["--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
-    arguments = train_arguments(data, folder, *OPTIONS, *options)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    ranks = [popen("fairseq-train", *arguments, *shared, "--distributed-rank", rank, **pipes) for rank in (0, 1)]
-    try:
-        logs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for rank, (process, log) in enumerate(zip(ranks, logs)):
-        assert process.returncode == 0, f"rank {rank}\n{log[-6000:]}"
-    return logs[0]
+SGD = ["--optimizer", "sgd", "--lr", "0.5", "--lr-scheduler", "fixed", "--clip-norm", "0.5"]
+ELASTIC = ["--moe-top-k-schedule", "elastic", "--moe-top-k", "8", "--moe-gate-loss-wt", "0.01"]
+GLOBAL_BATCH = 4
+"""Micro-batches per update, over all workers."""
 
 
-def test_two_processes_and_their_resume_equal_one(tmp_path, data):
-    """The same global batch: two workers, or two micro-batches of one. Stopped after 4 of 8 updates and resumed."""
-    one, two, then_one = (tmp_path / name for name in ("one", "two", "then_one"))
-    train(data, one, *OPTIONS, "--update-freq", "2", "--max-update", "8")
-    train_on_two(data, two, "--max-update", "4")
-    shutil.copytree(two, then_one)
-    log = train_on_two(data, two, "--max-update", "8")
-    assert "Loaded checkpoint" in log and "training on 2 devices" in log
-    for name in ("checkpoint_1_4.pt", "checkpoint_last.pt"):
-        expected, found = (load(folder / name)["model"] for folder in (one, two))
-        assert found.keys() == expected.keys()
-        for key, weight in expected.items():
-            torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+def train(preloaded, workers, data, folder, *options, size=1):
+    """fairseq-train with the same global batch whatever the number of workers; worker 0's log."""
+    options = [*options, "--update-freq", GLOBAL_BATCH // workers, "--moe-expert-parallel-size", size]
+    arguments = train_arguments(data, folder, *options, batch_size=4)
+    return preloaded.run_workers(workers, "fairseq-train", *arguments)[0]
 
-    # Another number of workers goes on too. (Stock fairseq counts the place in the data in batches per worker, so not
-    # with the same batches.)
-    entries = train(data, then_one, *OPTIONS, "--update-freq", "2", "--max-update", "8").logged("train_inner")
-    assert [entry["num_updates"] for entry in entries] == [5, 6, 7, 8]
+
+def assert_same_model(found, expected, rtol):
+    """Every parameter, relative to its largest entry."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        error = (found[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-3)
+        assert found[name].shape == weight.shape and error <= rtol, (name, error.item())
+
+
+@pytest.fixture(scope="module")
+def one_worker(preloaded, data, tmp_path_factory):
+    """The checkpoint of one process after 4 updates of SGD."""
+    folder = tmp_path_factory.mktemp("one")
+    train(preloaded, 1, data, folder, *SGD, *ELASTIC, "--max-update", "4")
+    return load(folder / "checkpoint_last.pt")["model"]
+
+
+@pytest.mark.parametrize("workers, size", [(2, 1), (2, 2), (4, 2), (4, 4)])
+def test_workers_equal_one(preloaded, data, tmp_path, one_worker, workers, size):
+    """k is drawn from 1 to E in every layer and update; the balance loss and the gradient norm are in it."""
+    log = train(preloaded, workers, data, tmp_path, *SGD, *ELASTIC, "--max-update", "4", size=size).log
+    assert f"training on {workers} devices" in log
+    assert_same_model(load(tmp_path / "checkpoint_last.pt")["model"], one_worker, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [["--checkpoint-activations"], ["--moe-capacity-factor", "1.0"]], ids=str)
+def test_other_options_with_divided_experts(preloaded, data, tmp_path, options):
+    """Against replicated experts. A capacity is that of each worker's own micro-batch either way."""
+    for size in (1, 2):
+        train(preloaded, 2, data, tmp_path / str(size), *SGD, *options, "--max-update", "2", size=size)
+    found, expected = (load(tmp_path / size / "checkpoint_last.pt")["model"] for size in ("2", "1"))
+    assert_same_model(found, expected, rtol=1e-6)
+
+
+ADAM = ["--moe-router", "smoe", "--save-interval-updates", "3", "--keep-interval-updates", "1"]
+WORKERS = {1: 1, 2: 2, 4: 2}
+"""Number of workers: how many the experts are divided over."""
+
+
+@pytest.fixture(scope="module")
+def saved(preloaded, data, tmp_path_factory):
+    """Folders with a checkpoint of Adam after 3 updates, by the number of workers that made it."""
+    folders = {workers: tmp_path_factory.mktemp(f"saved{workers}") for workers in WORKERS}
+    for workers, folder in folders.items():
+        train(preloaded, workers, data, folder, *ADAM, "--max-update", "3", size=WORKERS[workers])
+    return folders
+
+
+def moments(checkpoint):
+    state = checkpoint["last_optimizer_state"]["state"]
+    return {f"{number} {name}": state[number][name] for number in state for name in ("exp_avg", "exp_avg_sq")}
+
+
+def assert_same_training(found, expected):
+    """Weights and moments, but for attention's key biases: they change nothing, their gradient is rounding alone."""
+    without = [{n: t for n, t in state["model"].items() if "k_proj.bias" not in n} for state in (found, expected)]
+    assert_same_model(*without, rtol=1e-3)
+    assert moments(found).keys() == moments(expected).keys()
+    for name, moment in moments(expected).items():
+        if moment.abs().max() > 1e-6:
+            torch.testing.assert_close(moments(found)[name], moment, rtol=1e-3, atol=1e-3 * moment.abs().max())
+
+
+def test_the_checkpoint_is_that_of_one_process(saved):
+    expected = load(saved[1] / "checkpoint_last.pt")
+    for workers in (2, 4):
+        assert_same_training(load(saved[workers] / "checkpoint_last.pt"), expected)
+
+
+def evaluation_loss(checkpoint):
+    """Of one process, in bits, in full precision."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    return loss_of(model.eval(), task)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(preloaded, data, tmp_path_factory):
+    """The checkpoint of one process after 6 updates of Adam."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(preloaded, 1, data, folder, *ADAM, "--max-update", "6")
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize("after", WORKERS)
+@pytest.mark.parametrize("before", WORKERS)
+def test_resume_at_any_number_of_workers(preloaded, data, tmp_path, saved, uninterrupted, before, after):
+    """With the moments, and with the next batches: all goes on as in one process that was not interrupted."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(saved[before], folder)
+    log = train(preloaded, after, data, folder, *ADAM, "--max-update", "6", size=WORKERS[after]).log
+    assert "Loaded checkpoint" in log and "@ 3 updates" in log
+    assert_same_training(load(folder / "checkpoint_last.pt"), load(uninterrupted))
+    assert abs(evaluation_loss(folder / "checkpoint_last.pt") - evaluation_loss(uninterrupted)) < 1e-5
