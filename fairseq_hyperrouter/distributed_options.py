@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from .errors import UserError
@@ -16,10 +17,11 @@ def check_workers(cfg: Any) -> None:
         cfg: the whole config.
     """
     backend = cfg.distributed_training.ddp_backend
-    if number_of_workers() == 1 and backend not in ("fully_sharded",):
-        return
-    if cfg.common.cpu and backend in ("pytorch_ddp", "c10d", "fully_sharded", "slowmo"):
-        raise UserError(f"--ddp-backend {backend}: with --cpu and several workers only legacy_ddp works")
+    if backend == "slowmo":
+        raise UserError("--ddp-backend slowmo: nobody has tried it with experts; choose pytorch_ddp or legacy_ddp")
+    on_cpu = cfg.common.cpu or not torch.cuda.is_available()
+    if on_cpu and number_of_workers() > 1 and backend not in ("legacy_ddp", "no_c10d"):
+        raise UserError(f"--ddp-backend {backend}: stock fairseq needs GPUs for it; on CPUs choose legacy_ddp")
 
 
 def check_expert_parallel(cfg: Any, size: int) -> None:
@@ -35,7 +37,6 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
     keeps_fp16 = common.fp16_no_flatten_grads or common.memory_efficient_fp16
     for is_given, what, way_out in (
         (training.ddp_backend == "fully_sharded", "--ddp-backend fully_sharded", "it shards parameters itself"),
-        (training.ddp_backend == "slowmo", "--ddp-backend slowmo", "it averages parameters, give legacy_ddp"),
         (training.zero_sharding != "none", f"--zero-sharding {training.zero_sharding}", "leave it out"),
         (cfg.optimization.use_bmuf, "--use-bmuf", "it averages parameters, leave it out"),
         (cfg.ema.store_ema, "--store-ema", "its copy would hold one worker's experts, leave it out"),

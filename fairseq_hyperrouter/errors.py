@@ -105,7 +105,7 @@ def _explain_stock(error: BaseException) -> Optional[str]:
     if isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_WORKER):
         return (
             "another worker of this training has ended, or lost its connection; what was saved is in --save-dir, and "
-            f"the same command goes on from there ({text.splitlines()[0]})"
+            f"the same command goes on from there ({text.splitlines()[0][:100]})"
         )
     where = "".join(traceback.format_tb(error.__traceback__)) + text
     if isinstance(error, AttributeError) and "load_model_ensemble" in where and _local(error, "filename", "") is None:

@@ -22,7 +22,7 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
 
     1. Start every worker with fairseq's options for its rank, gloo, legacy_ddp and ``--cpu``. Each gets its share of
        the threads, unless OMP_NUM_THREADS says how many.
-    2. Show what worker 0 prints. Of the others, show it when one of them was the first to end badly.
+    2. Show what worker 0 prints; of another, its last words when it was the first to end badly.
     3. When one ends badly, the others lose their connection to it and end too; after *patience* seconds those that
        have not are stopped.
 
@@ -93,10 +93,10 @@ def _wait(processes: Sequence[subprocess.Popen], patience: float) -> None:
 
 def _report(first: int, processes: Sequence[subprocess.Popen], logs: Sequence[IO[str]]) -> int:
     status = processes[first].returncode
-    if first > 0:
+    if first > 0 and status > 0:
         log = logs[first - 1]
         log.seek(0)
-        sys.stderr.write(log.read())
+        sys.stderr.write(log.read()[-5000:])
     how = f"exit status {status}" if status > 0 else f"signal {-status} ({signal.Signals(-status).name})"
     print(f"worker {first} of {len(processes)} ended first, with {how}", file=sys.stderr)
     return status if status > 0 else 128 - status

@@ -48,9 +48,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
-        auxiliary = auxiliary_loss(routings, self.cfg) if self.training and reduce else None
-        if auxiliary is not None:
-            loss = loss + sample_size * auxiliary
+        if self.training and reduce and routings:
+            auxiliary = auxiliary_loss(routings, logging_output["moe_load"], self.cfg)
+            loss = loss if auxiliary is None else loss + sample_size * auxiliary
         return loss, sample_size, logging_output
 
     def compute_loss(

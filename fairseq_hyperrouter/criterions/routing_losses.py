@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+import torch.distributed as dist
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from fairseq_hyperrouter.distributed_options import number_of_workers
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.routing import Routing, losses
 
@@ -29,20 +31,41 @@ class RoutingLossConfig(FairseqDataclass):
         default=0.0, metadata={"help": "weight of the z-loss, mean logsumexp(router logits)^2"}
     )
 
+    moe_balance_batch: str = field(
+        default="local",
+        metadata={
+            "help": "the tokens that the balance loss counts the experts' shares f over: those of each worker's own "
+            "micro-batch (local), or those of all workers (global)"
+        },
+    )
+
     def check(self) -> None:
-        """Raise a UserError (a ValueError) for a negative weight."""
+        """Raise a UserError (a ValueError) for a negative weight, or an unknown batch."""
+        if self.moe_balance_batch not in ("local", "global"):
+            raise UserError(f"--moe-balance-batch {self.moe_balance_batch!r}: choose from local, global")
         for name in ("moe_gate_loss_wt", "moe_z_loss_wt"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0, and finite")
 
 
-def auxiliary_loss(routings: Routings, cfg: RoutingLossConfig) -> Optional[Tensor]:
-    """The weighted auxiliary losses, averaged over the layers that ran; None when all weights are 0."""
-    ran = [routing for routing in routings if routing is not None]
+def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) -> Optional[Tensor]:
+    """The weighted auxiliary losses, averaged over the layers that ran; None when all weights are 0.
+
+    Args:
+        loads: (L, E) tokens per expert of this micro-batch. With ``moe_balance_batch`` global (arXiv 2501.11873) those
+            of all workers are added up, so all must call this together.
+    """
+    if cfg.moe_gate_loss_wt > 0 and cfg.moe_balance_batch == "global" and number_of_workers() > 1:
+        loads = loads.clone()
+        dist.all_reduce(loads)
+    ran = [(routing, load) for routing, load in zip(routings, loads) if routing is not None]
     total = None
-    for weight, loss in ((cfg.moe_gate_loss_wt, losses.balance_loss), (cfg.moe_z_loss_wt, losses.z_loss)):
+    for weight, loss in (
+        (cfg.moe_gate_loss_wt, losses.balance_loss),
+        (cfg.moe_z_loss_wt, lambda routing, _: losses.z_loss(routing)),
+    ):
         if weight > 0 and ran:
-            mean = weight * torch.stack([loss(routing) for routing in ran]).mean()
+            mean = weight * torch.stack([loss(routing, load) for routing, load in ran]).mean()
             total = mean if total is None else total + mean
     return total
 

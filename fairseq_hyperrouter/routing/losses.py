@@ -5,6 +5,8 @@ All are pure functions of a Routing. Those that return a sum are added up over l
 workers first and divided afterwards, so that what is reported is exact for the whole batch.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,15 @@ def balance(load: Tensor, probability: Tensor) -> Tensor:
     return load.size(-1) * (f * p).sum(dim=-1)
 
 
-def balance_loss(routing: Routing) -> Tensor:
-    """The load-balancing loss of one layer: its gradient flows through P, f is a constant."""
-    return balance(expert_load(routing).detach(), probability_sum(routing))
+def balance_loss(routing: Routing, load: Optional[Tensor] = None) -> Tensor:
+    """The load-balancing loss of one layer: its gradient flows through P, f is a constant.
+
+    Args:
+        load: (E,) loads that f is taken from, of a larger batch that this one is part of; default: this one's.
+            Averaged over the parts, weighted by their tokens, the losses are then that of the larger batch.
+    """
+    load = expert_load(routing) if load is None else load
+    return balance(load.detach(), probability_sum(routing))
 
 
 def z_sum(routing: Routing) -> Tensor:

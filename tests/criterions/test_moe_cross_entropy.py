@@ -1,13 +1,17 @@
 import pytest
 import torch
+import torch.distributed as dist
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.logging import metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
+from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss
+from fairseq_hyperrouter.routing import Routing, losses
 from tests import reference
 from tests.tiny import ADAPTIVE, tiny_model, tiny_sample, tiny_task
+from tests.workers import on_workers
 
 
 def make_criterion(sentence_avg=False, **options):
@@ -151,3 +155,33 @@ def test_adaptive_softmax_loss_is_the_negative_log_probability_of_the_targets():
 def test_errors(name, value):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: must be at least 0"):
         make_criterion(**{name: value})
+
+
+def balance_on_a_worker(task):
+    """The auxiliary loss of this worker's part of the tokens, and its gradient."""
+    cfg = RoutingLossConfig(moe_gate_loss_wt=1.0, moe_balance_batch=task["batch"])
+    logits = task["logits"][dist.get_rank()].requires_grad_()
+    routing = routing_of(logits)
+    loads = torch.stack([losses.expert_load(routing)] * 2)
+    loss = auxiliary_loss([routing, None], loads, cfg)
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
+def routing_of(logits):
+    index = logits.detach().topk(2).indices
+    return Routing(logits, index, torch.ones(index.shape))
+
+
+@pytest.mark.parametrize("batch", ["local", "global"])
+def test_balance_over_the_batch_of_all_workers(preloaded, tmp_path, batch):
+    """Weighted by tokens, the global losses add up to that of all tokens together, and so do their gradients."""
+    torch.manual_seed(0)
+    parts = [torch.randn(5, 4) + torch.arange(4), torch.randn(8, 4)]
+    found = on_workers(preloaded, balance_on_a_worker, 2, tmp_path / "job", {"batch": batch, "logits": parts})
+    whole = torch.cat(parts).requires_grad_()
+    expected = losses.balance_loss(routing_of(whole))
+    expected.backward()
+    total = sum(len(part) / 13 * loss for part, (loss, _) in zip(parts, found))
+    gradient = torch.cat([len(part) / 13 * gradient for part, (_, gradient) in zip(parts, found)])
+    assert torch.allclose(total, expected) == torch.allclose(gradient, whole.grad) == (batch == "global")

@@ -1,5 +1,6 @@
 """Several workers compute what one computes, with experts on every worker or divided over them."""
 
+import re
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import fairseq_hyperrouter  # noqa: F401  (registers the architecture)
-from tests.commands import load, loss_of, train_arguments
+from tests.commands import eval_arguments, load, loss_of, train_arguments
 
 SGD = ["--optimizer", "sgd", "--lr", "0.5", "--lr-scheduler", "fixed", "--clip-norm", "0.5"]
 ELASTIC = ["--moe-top-k-schedule", "elastic", "--moe-top-k", "8", "--moe-gate-loss-wt", "0.01"]
@@ -114,3 +115,27 @@ def test_resume_at_any_number_of_workers(preloaded, data, tmp_path, saved, unint
     assert "Loaded checkpoint" in log and "@ 3 updates" in log
     assert_same_training(load(folder / "checkpoint_last.pt"), load(uninterrupted))
     assert abs(evaluation_loss(folder / "checkpoint_last.pt") - evaluation_loss(uninterrupted)) < 1e-5
+
+
+def test_validation_inside_a_training(preloaded, data, tmp_path):
+    """The split has 45 samples; two workers get 12 and 11 batches of it, and log what one logs."""
+    logged = {}
+    for workers in (1, 2):
+        options = [*SGD, "--update-freq", 2 // workers, "--max-update", "2", "--valid-top-k", "1,8"]
+        options += ["--moe-expert-parallel-size", workers, "--required-batch-size-multiple", "1"]
+        arguments = train_arguments(data, None, *options, batch_size=4, validate=True)
+        logged[workers] = preloaded.run_workers(workers, "fairseq-train", *arguments)[0].logged("valid")[-1]
+    names = [name for name in logged[1] if re.search(r"_loss|_ppl|_bpc|_entropy", name)]
+    assert {"valid_loss", "valid_loss_k1", "valid_bpc_k8", "valid_moe_router_entropy"} <= set(names)
+    assert {name: logged[2][name] for name in names} == {name: logged[1][name] for name in names}
+
+
+def test_every_worker_evaluates_the_whole_set(preloaded, data, saved):
+    """fairseq-eval-lm adds up nothing over workers. A checkpoint of divided experts is whole in every process."""
+    losses = set()
+    for workers in (1, 3):
+        arguments = eval_arguments(data, saved[4] / "checkpoint_last.pt", "--model-overrides", "{'moe_eval_top_k': 1}")
+        result = preloaded.run_workers(workers, "fairseq-eval-lm", *arguments)[0]
+        losses.add(re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", result.log)[0])
+    assert "every worker evaluates the whole set" in result.log
+    assert len(losses) == 1

@@ -1,0 +1,111 @@
+"""A worker that is killed ends the others, and what was saved before goes on."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+import zipfile
+
+import pytest
+
+from tests.commands import BIN, environment, load, run, train_arguments
+
+OPTIONS = ["--moe-expert-parallel-size", "2", "--save-interval-updates", "1", "--keep-interval-updates", "2"]
+TIMES = 20
+
+
+def wait_for(preloaded, process, text, seconds=60):
+    until = time.monotonic() + seconds
+    while text not in preloaded.log(process):
+        assert time.monotonic() < until, preloaded.log(process)[-3000:]
+        time.sleep(0.02)
+
+
+def newest(folder):
+    """How many updates the newest whole checkpoint has; 0 when there is none."""
+    whole = [path for path in folder.glob("checkpoint*.pt") if zipfile.is_zipfile(path)]
+    return max((load(path)["optimizer_history"][-1]["num_updates"] for path in whole), default=0)
+
+
+def test_killed_at_random_times(preloaded, data, tmp_path):
+    """Twenty times, in updates and in saves; each training goes on where the one before was saved last."""
+    chance = random.Random(1)
+    arguments = train_arguments(data, tmp_path, *OPTIONS, "--max-update", "100000", batch_size=2)
+    saved = 0
+    for turn in range(TIMES):
+        workers = preloaded.start_workers(2, "fairseq-train", *arguments)
+        wait_for(preloaded, workers[0], "Start iterating" if turn % 4 else "initialized host")
+        time.sleep(chance.uniform(0, 1.5))
+        victim = chance.randrange(2)
+        os.kill(workers[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        results = [preloaded.wait(process) for process in workers]
+        assert time.monotonic() - killed < 30
+        survivor = results[1 - victim]
+        assert results[victim].code == -signal.SIGKILL and survivor.code == 1
+        assert "another worker of this training has ended" in survivor.last_line
+        log = results[0].log
+        if saved and "Loaded checkpoint" in log:
+            assert int(re.search(r"Loaded checkpoint .* @ (\d+) updates", log)[1]) == saved
+        said = [int(number) for number in re.findall(r"Saved checkpoint .* @ (\d+) updates", log)]
+        assert newest(tmp_path) >= max(said, default=saved)
+        saved = newest(tmp_path)
+    assert saved > TIMES // 2
+    preloaded.run_workers(2, "fairseq-train", *arguments, "--max-update", saved + 2)
+    assert newest(tmp_path) == saved + 2
+
+
+@pytest.fixture
+def launched(data, tmp_path):
+    """Start ``fairseq-hyperrouter launch``; stopped at the end, whatever happens."""
+    started = []
+
+    def launched(*options):
+        arguments = train_arguments(data, tmp_path / "checkpoints", *options)
+        command = [BIN / "fairseq-hyperrouter", "launch", "2", "fairseq-train", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes)
+        started.append(process)
+        return process
+
+    yield launched
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_the_launcher_says_who_ended(launched):
+    process = launched(*OPTIONS, "--max-update", "100000")
+    log = ""
+    while '"num_updates": "2"' not in log:
+        log += process.stdout.readline()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "another worker of this training has ended" in rest
+    assert rest.strip().splitlines()[-1] == "worker 1 of 2 ended first, with signal 9 (SIGKILL)"
+
+
+def test_the_launcher_shows_a_mistake(launched):
+    process = launched("--moe-expert-parallel-size", "4")
+    log, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "fairseq-train: error: --moe-expert-parallel-size 4: this training has 2 workers, must be a multiple" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["0", "fairseq-train"], "launch 0: must be at least 1 worker"),
+        (["2"], "launch: needs a command, as in fairseq-train DATA ..."),
+        (["2", "fairseq-trian"], "launch fairseq-trian: no such command beside"),
+    ],
+)
+def test_mistakes(arguments, message):
+    result = run("fairseq-hyperrouter", "launch", *arguments, check=False)
+    assert result.code == 1 and message in result.last_line

@@ -1,0 +1,77 @@
+"""What cannot work on several workers is refused, with a way out."""
+
+import pytest
+import torch
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
+
+from fairseq_hyperrouter import UserError, distributed_options
+from fairseq_hyperrouter.distributed_options import check_expert_parallel, check_workers
+
+
+@pytest.fixture
+def cfg(monkeypatch):
+    """The config of a training on 4 workers."""
+    monkeypatch.setattr(distributed_options, "number_of_workers", lambda: 4)
+    cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig)))
+    cfg.model = {"decoder_layerdrop": 0.0}
+    cfg.distributed_training.ddp_backend = "legacy_ddp"
+    return cfg
+
+
+def message(check, *args):
+    with pytest.raises(UserError) as caught:
+        check(*args)
+    return str(caught.value)
+
+
+def test_what_works(cfg):
+    for options in ({}, {"common.bf16": True}, {"common.fp16": True, "common.memory_efficient_fp16": True}):
+        for name, value in options.items():
+            OmegaConf.update(cfg, name, value)
+        check_expert_parallel(cfg, 2)
+        check_workers(cfg)
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        (
+            "distributed_training.ddp_backend",
+            "fully_sharded",
+            "--ddp-backend fully_sharded: not together with --moe-expert-parallel-size 2: it shards parameters itself",
+        ),
+        ("distributed_training.zero_sharding", "os", "--zero-sharding os: not together with"),
+        ("optimization.use_bmuf", True, "--use-bmuf: not together with"),
+        ("ema.store_ema", True, "--store-ema: not together with"),
+        ("common.fp16", True, "--fp16: not together with --moe-expert-parallel-size 2: add --memory-efficient-fp16 or"),
+        ("common.amp", True, "--amp: not together with"),
+        ("checkpoint.no_save_optimizer_state", True, "--no-save-optimizer-state: not together with"),
+        ("model.decoder_layerdrop", 0.1, "--decoder-layerdrop 0.1: not together with"),
+    ],
+)
+def test_refused_with_divided_experts(cfg, option, value, expected):
+    OmegaConf.update(cfg, option, value)
+    assert message(check_expert_parallel, cfg, 2).startswith(expected)
+
+
+def test_workers_must_be_a_multiple(cfg):
+    expected = "--moe-expert-parallel-size 3: this training has 4 workers, must be a multiple"
+    assert message(check_expert_parallel, cfg, 3) == expected
+
+
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "fully_sharded"])
+def test_gpu_only_backends(cfg, monkeypatch, backend):
+    cfg.distributed_training.ddp_backend = backend
+    expected = f"--ddp-backend {backend}: stock fairseq needs GPUs for it; on CPUs choose legacy_ddp"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_workers(cfg)
+    cfg.common.cpu = True
+    assert message(check_workers, cfg) == expected
+    monkeypatch.setattr(distributed_options, "number_of_workers", lambda: 1)
+    check_workers(cfg)
+
+
+def test_slowmo(cfg):
+    cfg.distributed_training.ddp_backend = "slowmo"
+    assert message(check_workers, cfg).startswith("--ddp-backend slowmo: nobody has tried it with experts")
