@@ -16,6 +16,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
+from fairseq_hyperrouter.analysis.table import markdown_table
+
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -66,15 +68,6 @@ def progress(items: Sequence[Any], label: str) -> Any:
     return tqdm(items, desc=label, file=sys.stderr, leave=False)
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; the first row is the head."""
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
-
-
 def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) -> None:
     """Print the tables, and write them as results/name.md and, with the *details*, as results/name.json."""
     machine = {
@@ -85,7 +78,7 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
         "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv[1:])]),
     }
     head = "{processor}, {threads} thread(s), Python {python}, torch {torch}; `{command}`".format(**machine)
-    text = "\n\n".join([head, *(f"{title}\n\n{table(rows)}" for title, rows in tables.items())])
+    text = "\n\n".join([head, *(f"{title}\n\n{markdown_table(rows)}" for title, rows in tables.items())])
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text + "\n")

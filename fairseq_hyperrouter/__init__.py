@@ -10,10 +10,11 @@ with warnings.catch_warnings():  # fairscale, which fairseq imports, uses names 
     warnings.simplefilter("ignore", FutureWarning)
     import fairseq  # noqa: F401
 
+from .command_line import one_line_errors, running_command
 from .compat import allow_fairseq_checkpoints, numpy_compat
 from .config import MoEConfig
 from .criterions import MoECrossEntropyCriterion
-from .errors import UserError, one_line_errors, running_command
+from .errors import UserError
 from .models import HyperRouterLanguageModel
 from .moe_layer import MoELayer
 from .routing import (

@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
     """The file that fairseq's trainer will restore with these ``checkpoint`` options; None when there is none.
 
-    ``checkpoint_last.pt`` is a copy that stock fairseq does not make atomically. One that was cut short by a
-    kill is replaced by the newest whole checkpoint beside it, which is what was being copied.
-
     Raises:
-        UserError (a ValueError): the file is truncated and nothing can take its place.
+        UserError (a ValueError): it was named and does not exist.
     """
     path = Path(checkpoint_cfg.save_dir, "checkpoint_last.pt")
     if checkpoint_cfg.restore_file != "checkpoint_last.pt":
@@ -36,8 +33,6 @@ def restored_checkpoint(checkpoint_cfg: Any) -> Optional[Path]:
         if path != Path(checkpoint_cfg.save_dir, "checkpoint_last.pt"):
             raise UserError(f"checkpoint {path}: no such file")
         return None
-    if not zipfile.is_zipfile(path):
-        _replace_truncated(path)
     return path
 
 
@@ -65,7 +60,17 @@ def unreadable(path: Path) -> Optional[str]:
     return None
 
 
-def _replace_truncated(path: Path) -> None:
+def repair(path: Path) -> None:
+    """Replace a ``checkpoint_last.pt`` that a kill cut short.
+
+    It is a copy that stock fairseq does not make atomically; the newest whole checkpoint beside it is what was being
+    copied.
+
+    Raises:
+        UserError (a ValueError): the file is truncated and nothing can take its place.
+    """
+    if zipfile.is_zipfile(path):
+        return
     whole = [other for other in path.parent.glob("checkpoint*.pt") if zipfile.is_zipfile(other)]
     if path.name != "checkpoint_last.pt" or not whole:
         raise UserError(f"cannot read checkpoint {path}: truncated, or not a checkpoint")

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from .errors import UserError, explain
+from .command_line import explain
+from .errors import UserError
 
 
 def main(argv: Optional[List[str]] = None) -> int:

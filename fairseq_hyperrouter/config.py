@@ -7,7 +7,7 @@ from typing import FrozenSet, Optional, Tuple
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
-from .errors import UserError
+from .errors import UserError, option_name
 from .experts.backend import AUTO, check_backend
 from .routing import ROUTERS, TopKSchedule
 from .routing.router import GATE_SOFTMAX
@@ -153,7 +153,7 @@ class MoEConfig(FairseqDataclass):
         for name in ("moe_router_init_std", "moe_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{_option(name)} {value}: must be greater than 0, and finite")
+                raise UserError(f"{option_name(name)} {value}: must be greater than 0, and finite")
         parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
         if self.moe_top_k_start is not None:
             parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
@@ -180,7 +180,7 @@ class MoEConfig(FairseqDataclass):
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if value is not None and value < least:
-            raise UserError(f"{_option(name)} {value}: must be at least {least}")
+            raise UserError(f"{option_name(name)} {value}: must be at least {least}")
 
     @property
     def schedule(self) -> TopKSchedule:
@@ -211,10 +211,6 @@ class MoEConfig(FairseqDataclass):
         if self.moe_layers is not None:
             return frozenset(parse_ints("--moe-layers", self.moe_layers))
         return frozenset(range(self.moe_freq - 1, num_layers, self.moe_freq))
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _resolved(value: object, default: int) -> int:

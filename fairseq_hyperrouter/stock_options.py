@@ -4,10 +4,10 @@ import re
 from itertools import pairwise
 from typing import Any, Sequence
 
-from .checkpoints import check_same_model, restored_checkpoint
+from .checkpoints import check_same_model, repair, restored_checkpoint
 from .config import parse_ints
 from .distributed_options import check_workers
-from .errors import UserError
+from .errors import UserError, option_name
 
 
 def check_model_options(args: Any, num_symbols: int) -> None:
@@ -19,10 +19,10 @@ def check_model_options(args: Any, num_symbols: int) -> None:
     """
     for name in ("decoder_embed_dim", "decoder_attention_heads"):
         if getattr(args, name) < 1:
-            raise UserError(f"{_option(name)} {getattr(args, name)}: must be at least 1")
+            raise UserError(f"{option_name(name)} {getattr(args, name)}: must be at least 1")
     for name in ("dropout", "attention_dropout", "activation_dropout", "decoder_layerdrop"):
         if not 0 <= (getattr(args, name) or 0) <= 1:
-            raise UserError(f"{_option(name)} {getattr(args, name)}: must be between 0 and 1")
+            raise UserError(f"{option_name(name)} {getattr(args, name)}: must be between 0 and 1")
     if args.decoder_embed_dim % args.decoder_attention_heads:
         raise UserError(
             f"--decoder-attention-heads {args.decoder_attention_heads}: "
@@ -51,17 +51,19 @@ def check_model_options(args: Any, num_symbols: int) -> None:
 def _check_cutoff(name: str, value: Any, num_symbols: int) -> None:
     if not value:
         return
-    bounds = (0, *parse_ints(_option(name), value), num_symbols)
+    bounds = (0, *parse_ints(option_name(name), value), num_symbols)
     if not all(low < high for low, high in pairwise(bounds)):
         raise UserError(
-            f"{_option(name)} {value}: must be growing numbers from 1 to below the dictionary's {num_symbols} symbols"
+            f"{option_name(name)} {value}: must be growing numbers from 1 to below the {num_symbols} symbols "
+            "of the dictionary"
         )
 
 
 def _check_same(reason: str, args: Any, one: str, other: str) -> None:
     if getattr(args, one) != getattr(args, other):
         raise UserError(
-            f"{_option(one)} {getattr(args, one)}: with {reason} it must be {_option(other)} ({getattr(args, other)})"
+            f"{option_name(one)} {getattr(args, one)}: with {reason} it must be {option_name(other)} "
+            f"({getattr(args, other)})"
         )
 
 
@@ -80,6 +82,7 @@ def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
     if cfg.distributed_training.distributed_rank == 0:  # the others get what rank 0 reads
         restored = restored_checkpoint(cfg.checkpoint)
         if restored is not None:
+            repair(restored)
             check_same_model(restored, cfg.model)
 
 
@@ -89,7 +92,7 @@ def _check_trainer(cfg: Any) -> None:
     for name in ("batch_size", "max_tokens"):
         value = cfg.dataset[name]
         if value is not None and value < 1:
-            raise UserError(f"{_option(name)} {value}: must be at least 1")
+            raise UserError(f"{option_name(name)} {value}: must be at least 1")
     longest = cfg.task.tokens_per_sample
     if cfg.model.max_target_positions is not None and cfg.model.max_target_positions < longest:
         raise UserError(f"--tokens-per-sample {longest}: --max-target-positions is {cfg.model.max_target_positions}")
@@ -99,7 +102,3 @@ def _check_trainer(cfg: Any) -> None:
     flattens = not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
     if cfg.common.fp16 and cfg.common.cpu and flattens:
         raise UserError("--fp16: with --cpu it needs --fp16-no-flatten-grads or --memory-efficient-fp16")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

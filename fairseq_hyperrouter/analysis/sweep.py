@@ -15,6 +15,7 @@ from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.token_length import characters_per_token
 
 from .cost import model_cost
+from .table import markdown_table
 
 logger = logging.getLogger(__name__)
 Row = Dict[str, Any]
@@ -112,6 +113,8 @@ def _evaluate(model: Any, task: Any, batches: Iterable[Dict[str, Any]]) -> Row:
                         if device.type == "cuda"
                         else sample["net_input"]
                     )
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 count["start"] = time.perf_counter()
             if "target" in sample:
                 target = sample["target"][sample["target"] != dictionary.pad()]
@@ -159,24 +162,17 @@ def markdown(rows: Sequence[Row]) -> str:
         )
     labels = list(dict.fromkeys(row["label"] for row in rows))
     if len(labels) == 1:
-        return _table(detail)
+        return markdown_table(detail)
     top_ks = list(dict.fromkeys(_k(row) for row in rows))
     found = {(_k(row), row["label"]): f"{row['perplexity']:.2f}" for row in rows}
     side = [["perplexity at k =", *top_ks]] + [
         [label, *(found.get((k, label), "") for k in top_ks)] for label in labels
     ]
-    return _table(side) + "\n\n" + _table(detail)
+    return markdown_table(side) + "\n\n" + markdown_table(detail)
 
 
 def _k(row: Row) -> str:
     return "dense" if row["top_k"] is None else str(row["top_k"])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def write(rows: Sequence[Row], folder: Path) -> List[Path]:

@@ -14,7 +14,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from fairseq_hyperrouter.distributed_options import number_of_workers
-from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.errors import UserError, option_name
 from fairseq_hyperrouter.routing import Routing, losses
 
 Routings = Sequence[Optional[Routing]]
@@ -45,7 +45,7 @@ class RoutingLossConfig(FairseqDataclass):
             raise UserError(f"--moe-balance-batch {self.moe_balance_batch!r}: choose from local, global")
         for name in ("moe_gate_loss_wt", "moe_z_loss_wt"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0, and finite")
+                raise UserError(f"{option_name(name)} {getattr(self, name)}: must be at least 0, and finite")
 
 
 def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) -> Optional[Tensor]:

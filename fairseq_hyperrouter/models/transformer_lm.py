@@ -19,11 +19,12 @@ from fairseq.models.transformer_lm import (
 from fairseq.utils import safe_getattr
 
 from fairseq_hyperrouter.checkpoints import check_readable, shape_difference
+from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
 from fairseq_hyperrouter.data_folder import check_folders
 from fairseq_hyperrouter.distributed_options import check_expert_parallel
-from fairseq_hyperrouter.errors import UserError, WrongCheckpoint, running_command
+from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.stock_options import check_model_options, check_training
