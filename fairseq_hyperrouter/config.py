@@ -37,7 +37,8 @@ class MoEConfig(FairseqDataclass):
     moe_router: str = field(
         default="hyperrouter",
         metadata={
-            "help": "routing method: hyperrouter, smoe (trained linear router), smoe-dropout (frozen linear router)"
+            "help": "routing method (docs/methods.md): hyperrouter, smoe (trained linear router), smoe-dropout (frozen "
+            "linear router), switch, gshard, noisy-top-k, cosine, hash, base, stable, recurrent, compete, relu"
         },
     )
     moe_expert_count: int = field(default=16, metadata={"help": "experts per MoE layer"})
@@ -94,6 +95,38 @@ class MoEConfig(FairseqDataclass):
             "0.02; hyperrouter: what its hypernetwork generates, about 0.072 at width 256)"
         },
     )
+    moe_router_jitter: float = field(
+        default=0.0,
+        metadata={"help": "in training a router's input is multiplied by numbers drawn from 1 - jitter to 1 + jitter"},
+    )
+    moe_router_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "width that the router computes with (default: cosine 16, recurrent 128, stable's words 50)"},
+    )
+    moe_router_loss_wt: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the router's own loss (default: noisy-top-k 0.1, stable 0.3, compete 1; "
+            "relu starts at 1e-8)"
+        },
+    )
+    moe_loss_free_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "loss-free balancing: after every update each expert's bias in the selection goes up or down by "
+            "this much, 0.001 in the paper (default: off)"
+        },
+    )
+    moe_stage1_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "stable: updates before the distilled router is frozen (default: a tenth of --max-update)"},
+    )
+    moe_compete_rate: float = field(
+        default=0.05, metadata={"help": "compete: how often a layer's experts compete, per update"}
+    )
+    moe_compete_version: str = field(
+        default="v2", metadata={"help": "compete: affinity of the second paper (v2) or of the first (v1)"}
+    )
     moe_hyper_embed_dim: Optional[int] = field(
         default=None,
         metadata={"help": "hyperrouter: size of the trained router embedding (default: the model's width)"},
@@ -130,6 +163,7 @@ class MoEConfig(FairseqDataclass):
 
     # options from other parts of the config
     seed: int = II("common.seed")
+    max_update: int = II("optimization.max_update")
 
     def check(self, num_layers: int) -> None:
         """Raise a UserError (a ValueError) for an option that cannot work in a model of *num_layers* layers."""
@@ -145,6 +179,8 @@ class MoEConfig(FairseqDataclass):
             "moe_hyper_hidden_dim",
             "moe_freq",
             "moe_expert_parallel_size",
+            "moe_router_dim",
+            "moe_stage1_updates",
         ):
             self._check_least(name, 1)
         self._check_least("moe_shared_experts", 0)
@@ -170,12 +206,24 @@ class MoEConfig(FairseqDataclass):
             )
         if self.moe_layers is not None and self.moe_freq != 1:
             raise UserError(f"--moe-freq {self.moe_freq}: not together with --moe-layers {self.moe_layers}")
+        self._check_router()
         _ = self.eval_top_k, self.schedule  # parsing checks them
         for layer in self.layer_numbers(num_layers):
             if not 0 <= layer < num_layers:
                 raise UserError(f"--moe-layers {self.moe_layers}: layers are numbered 0 to {num_layers - 1}")
         if not self.layer_numbers(num_layers) and self.moe_layers != NO_LAYERS:
             raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
+
+    def _check_router(self) -> None:
+        weight = self.moe_router_loss_wt
+        if weight is not None and not 0 <= weight < math.inf:
+            raise UserError(f"--moe-router-loss-wt {weight}: must be at least 0, and finite")
+        only = ROUTERS[self.moe_router].trains_with
+        if only is not None and (self.moe_top_k != only or self.moe_top_k_schedule != "constant"):
+            raise UserError(
+                f"--moe-top-k {self.moe_top_k}: {self.moe_router} is trained with {only} expert per token, "
+                "and a constant schedule; give --moe-eval-top-k for inference"
+            )
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -203,6 +251,11 @@ class MoEConfig(FairseqDataclass):
     @property
     def init_seed(self) -> int:
         return _resolved(self.seed, 1)
+
+    @property
+    def updates(self) -> int:
+        """How many updates the training makes; 0 when nobody knows."""
+        return _resolved(self.max_update, 0)
 
     def layer_numbers(self, num_layers: int) -> FrozenSet[int]:
         """Which of the layers 0 .. num_layers - 1 have a MoE feed-forward."""

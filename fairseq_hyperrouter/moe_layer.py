@@ -6,6 +6,7 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 import math
 from typing import Callable, Optional, Tuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -81,24 +82,44 @@ class MoELayer(nn.Module):
         return top_k
 
     def forward(
-        self, x: Tensor, *, top_k: Optional[int] = None, padding_mask: Optional[Tensor] = None
+        self,
+        x: Tensor,
+        *,
+        top_k: Optional[int] = None,
+        padding_mask: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
+        router_state: Optional[Tensor] = None,
+        update: int = 0,
     ) -> Tuple[Tensor, Routing]:
         """(..., D) tokens -> y (..., D) and the Routing of the T tokens in the order of x.
 
         Args:
             top_k: K for this call; default: the layer's.
             padding_mask: bool, the shape of x without D; True where there is no token.
+            token_ids: int64, the same shape; for routers that look at the tokens themselves.
+            router_state: ``state`` of the Routing of the MoE layer below, for routers that hand one on.
+            update: how many updates the training has made, for routers that change with it.
         """
         x_TD = x.reshape(-1, x.size(-1))
-        mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        mask_T, ids_T = (None if one is None else one.reshape(-1) for one in (padding_mask, token_ids))
+        if ids_T is None and self.router.needs_token_ids:
+            raise UserError(f"token_ids None: {type(self.router).__name__} needs them")
         top_k = self.top_k if top_k is None else self._checked(top_k)
-        routing = self.router(x_TD, RoutingContext(top_k, mask_T))
+        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, self._every_expert)
+        routing = self.router(x_TD, context)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
         y_TD = self.experts(x_TD, routing.expert_index, routing.gate, routing.kept)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x), routing
+
+    def _every_expert(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E, D), what every expert makes of every token."""
+        E = self.router.num_experts
+        experts = torch.arange(E, device=x.device).repeat(len(x))[:, None]
+        rows = x.repeat_interleave(E, dim=0)
+        return self.experts(rows, experts, rows.new_ones(len(rows), 1)).view(len(x), E, -1)
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, capacity_factor={self.capacity_factor}"

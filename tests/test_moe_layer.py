@@ -10,7 +10,7 @@ from tests import reference
 
 D, E, F, T = 5, 16, 6, 8
 PADDING = torch.tensor([False, True, False, False] * (T // 4))
-EVERY_ROUTER = pytest.mark.parametrize("router", sorted(ROUTERS))
+EVERY_ROUTER = pytest.mark.parametrize("router", ["hyperrouter", "smoe", "smoe-dropout"])
 
 
 def make_layer(router="hyperrouter", num_experts=E, embed_dim=D, gate_softmax="selected", **options):

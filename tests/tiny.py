@@ -6,6 +6,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_hyperrouter.models.transformer_lm import HyperRouterLanguageModel, HyperRouterLanguageModelConfig
+from fairseq_hyperrouter.routing import ROUTERS
 
 torch.set_num_threads(1)  # tensors this small only lose by threads
 
@@ -25,9 +26,12 @@ TINY = {
     "max_target_positions": 16,
     "tpu": False,
     "moe_top_k_schedule_updates": 0,
+    "max_update": 0,
     "seed": 1,
 }
 
+
+DECODER_ROUTERS = sorted(name for name, router in ROUTERS.items() if not router.looks_ahead)
 
 ADAPTIVE = {
     "adaptive_input": True,
@@ -58,7 +62,8 @@ def tiny_model(model_class=HyperRouterLanguageModel, rng_seed=0, **options):
     *rng_seed* is that of the global random generator, which draws what is not MoE; the option seed draws the rest.
     """
     config = HyperRouterLanguageModelConfig()
-    for name, value in {**TINY, **options}.items():
+    only = ROUTERS[options.get("moe_router", "hyperrouter")].trains_with
+    for name, value in {**TINY, **({"moe_top_k": only} if only else {}), **options}.items():
         assert hasattr(config, name), name
         setattr(config, name, value)
     torch.manual_seed(rng_seed)

@@ -49,7 +49,7 @@ class RoutingLossConfig(FairseqDataclass):
 
 
 def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) -> Optional[Tensor]:
-    """The weighted auxiliary losses, averaged over the layers that ran; None when all weights are 0.
+    """The weighted auxiliary losses and the routers' own, averaged over the layers that ran; None when there are none.
 
     Args:
         loads: (L, E) tokens per expert of this micro-batch. With ``moe_balance_batch`` global (arXiv 2501.11873) those
@@ -67,6 +67,10 @@ def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) ->
         if weight > 0 and ran:
             mean = weight * torch.stack([loss(routing, load) for routing, load in ran]).mean()
             total = mean if total is None else total + mean
+    own = [routing.loss for routing, _ in ran if routing.loss is not None]
+    if own:
+        mean = torch.stack(own).sum() / len(ran)
+        total = mean if total is None else total + mean
     return total
 
 

@@ -17,7 +17,7 @@ from fairseq_hyperrouter.config import MoEConfig, parse_top_k
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import ROUTERS, Routing
+from fairseq_hyperrouter.routing import ROUTERS, Place, Routing
 
 from .moe_decoder_layer import MoEDecoderLayer
 
@@ -45,6 +45,8 @@ class MoEDecoder(TransformerDecoderBase):
         parallel: Optional[ExpertParallel] = None,
     ) -> None:
         moe.check(cfg.decoder.layers)
+        if ROUTERS[moe.moe_router].looks_ahead:
+            raise UserError(f"--moe-router {moe.moe_router}: looks at later tokens, which a decoder must not")
         scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
         noise = (("--quant-noise-pq", cfg.quant_noise.pq), ("--quant-noise-scalar", cfg.quant_noise.scalar))
         for option, value in (("--scale-fc", scale_fc), *noise):
@@ -53,6 +55,7 @@ class MoEDecoder(TransformerDecoderBase):
         # nn.Module's constructor has not run yet: plain attributes only.
         self.moe_config = moe
         self.parallel = parallel
+        self.dictionary = dictionary
         self.moe_numbers = sorted(moe.layer_numbers(cfg.decoder.layers))
         self._built: List[Optional[MoELayer]] = []  # one entry per layer that build_decoder_layer was asked for
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
@@ -69,8 +72,16 @@ class MoEDecoder(TransformerDecoderBase):
         if number not in self.moe_numbers:
             self._built.append(None)
             return super().build_decoder_layer(cfg, no_encoder_attn)
-        lower = [layer.router for layer in self._built if layer is not None]
-        moe = build_moe_layer(self.moe_config, cfg, number, lower, self.parallel)
+        place = Place(
+            cfg.decoder.embed_dim,
+            index=self.moe_numbers.index(number),
+            count=len(self.moe_numbers),
+            lower=[layer.router for layer in self._built if layer is not None],
+            vocabulary=len(self.dictionary),
+            updates=self.moe_config.updates,
+            seed=self.moe_config.init_seed,
+        )
+        moe = build_moe_layer(self.moe_config, cfg, number, place, self.parallel)
         self._built.append(moe)
         layer = MoEDecoderLayer(cfg, moe, self.moe_numbers.index(number), no_encoder_attn)
         if cfg.checkpoint_activations:
@@ -118,6 +129,7 @@ class MoEDecoder(TransformerDecoderBase):
         Returns:
             features (B, T, D) and {"attn", "inner_states", "routing"}
         """
+        tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
         x, padding_mask = self._embed(prev_output_tokens, incremental_state)
         encoder, encoder_padding_mask = (_first(encoder_out, key) for key in ("encoder_out", "encoder_padding_mask"))
         causal = incremental_state is None and not full_context_alignment
@@ -126,6 +138,7 @@ class MoEDecoder(TransformerDecoderBase):
         attn: Optional[Tensor] = None
         inner_states: List[Tensor] = [x]
         routing: List[Optional[Routing]] = [None] * len(self.moe_numbers)
+        router_state: Optional[Tensor] = None
         for number, layer in enumerate(self.layers):
             is_aligned = number == alignment_layer
             moe_index = getattr(layer, "moe_index", None)
@@ -138,11 +151,12 @@ class MoEDecoder(TransformerDecoderBase):
                 self_attn_padding_mask=padding_mask,
                 need_attn=is_aligned,
                 need_head_weights=is_aligned,
-                **({} if moe_index is None else {"top_k": self.active_top_k(moe_index)}),
+                **({} if moe_index is None else self._of_moe(moe_index, tokens, router_state)),
             )
             inner_states.append(x)
             if moe_index is not None:
                 routing[moe_index] = Routing(*routing_fields)
+                router_state = routing[moe_index].state
             if is_aligned and layer_attn is not None:
                 attn = layer_attn.to(x)[:alignment_heads].mean(dim=0)  # over heads
 
@@ -152,6 +166,11 @@ class MoEDecoder(TransformerDecoderBase):
         if self.project_out_dim is not None:
             features = self.project_out_dim(features)
         return features, {"attn": [attn], "inner_states": inner_states, "routing": routing}
+
+    def _of_moe(self, moe_index: int, tokens: Tensor, router_state: Optional[Tensor]) -> Dict[str, Any]:
+        """What a MoE layer is told beside what every layer is told."""
+        top_k, update = self.active_top_k(moe_index), self.num_updates
+        return {"top_k": top_k, "token_ids": tokens, "router_state": router_state, "update": update}
 
     def _embed(self, tokens: Tensor, incremental_state: Optional[Dict[str, Any]]) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, T) -> embeddings (T, B, D) and the padding mask (B, T), None without padding."""
@@ -178,23 +197,23 @@ def build_moe_layer(
     moe: MoEConfig,
     cfg: TransformerConfig,
     number: int,
-    lower: List[Any],
+    place: Place,
     parallel: Optional[ExpertParallel] = None,
 ) -> MoELayer:
-    """The MoE layer of decoder layer *number*; *lower* are the routers of the MoE layers below it.
+    """The MoE layer of decoder layer *number*, whose router stands at *place*.
 
     The router, every expert and the shared experts are drawn from generators of their own, seeded by seed, layer
     and expert: the same on every worker, and whatever else the model holds. The global generator is left as it
     was, so two models that differ in their routers alone are alike in all the rest.
     """
 
-    def place(index: int) -> int:
+    def seed(index: int) -> int:
         return (moe.init_seed * 1_000 + number) * 100_000 + index
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(place(0))
+        torch.manual_seed(seed(0))
         layer = MoELayer(
-            ROUTERS[moe.moe_router].from_config(moe, cfg.decoder.embed_dim, lower),
+            ROUTERS[moe.moe_router].from_config(moe, place),
             moe.moe_ffn_embed_dim or cfg.decoder.ffn_embed_dim,
             top_k=moe.moe_top_k,
             # stock's "gelu" is this one in float32, which this one computes in anyway
@@ -205,12 +224,12 @@ def build_moe_layer(
             backend=moe.moe_backend,
             parallel=parallel,
         )
-        torch.manual_seed(place(1))
+        torch.manual_seed(seed(1))
         if layer.shared_experts is not None:
             layer.shared_experts.reset_parameters()
-    layer.router.reset_parameters(torch.Generator().manual_seed(place(2)))
+    layer.router.reset_parameters(torch.Generator().manual_seed(seed(2)))
     experts = range(moe.moe_expert_count)
-    layer.experts.reset_parameters([torch.Generator().manual_seed(place(3 + expert)) for expert in experts])
+    layer.experts.reset_parameters([torch.Generator().manual_seed(seed(3 + expert)) for expert in experts])
     return layer
 
 

@@ -28,6 +28,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         self.activation_dropout_module = nn.Identity()
         self.moe = moe
         self.moe_index = moe_index
+        self._routing: Optional[Routing] = None
 
     def build_fc1(self, *_: Any) -> nn.Module:
         return nn.Identity()
@@ -36,11 +37,19 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         return nn.Identity()
 
     def fc2(self, x: Tensor) -> Tensor:
-        y, self._call["routing"] = self.moe(x, top_k=self._call["top_k"], padding_mask=self._call["padding_mask"])
+        y, self._routing = self.moe(x, **self._call)
         return y
 
     def forward(
-        self, x: Tensor, *args: Any, top_k: int, self_attn_padding_mask: Optional[Tensor] = None, **kwargs: Any
+        self,
+        x: Tensor,
+        *args: Any,
+        top_k: int,
+        token_ids: Tensor,
+        router_state: Optional[Tensor] = None,
+        update: int = 0,
+        self_attn_padding_mask: Optional[Tensor] = None,
+        **kwargs: Any,
     ) -> Tuple[Any, ...]:
         """x (T, B, D) -> (x, attention, attention state, *fields of the Routing of the T B tokens in x's order).
 
@@ -49,13 +58,23 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
 
         Args:
             top_k: experts per token for this call.
+            token_ids: (B, T) int64.
+            router_state: (T B, S), what the router of the MoE layer below handed on.
+            update: how many updates the training has made.
             self_attn_padding_mask: (B, T) bool, True at padding.
         """
         padding_mask = None if self_attn_padding_mask is None else self_attn_padding_mask.t()
-        self._call = {"top_k": top_k, "padding_mask": padding_mask}
+        self._call = {
+            "top_k": top_k,
+            "padding_mask": padding_mask,
+            "token_ids": token_ids.t(),
+            "router_state": router_state,
+            "update": update,
+        }
         try:
             stock = super().forward(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)
-            routing: Routing = self._call["routing"]
-        finally:
-            del self._call  # what fc2 needs and finds lives as long as this call, never longer
+            routing: Routing = self._routing
+        finally:  # what fc2 needs and finds lives as long as this call, never longer
+            del self._call
+            self._routing = None
         return (*stock, *routing)

@@ -27,6 +27,7 @@ from fairseq_hyperrouter.distributed_options import check_expert_parallel
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
+from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.stock_options import check_model_options, check_training
 
 from .moe_decoder import MoEDecoder
@@ -58,6 +59,8 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             check_training(args._get_parent())
         moe = HyperRouterLanguageModelConfig.from_namespace(args)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
+        if is_training and (moe.moe_loss_free_rate or ROUTERS[moe.moe_router].learns_from_load):
+            _check_tells_load(args, task)
         if divides:
             check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
         if args.decoder_layers_to_keep:
@@ -129,6 +132,16 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
         """Evaluate with *top_k* experts per token inside the ``with`` block."""
         return self.decoder.at_top_k(top_k)
+
+
+def _check_tells_load(args: Any, task: Any) -> None:
+    """Raise a UserError where nobody would tell the routers how many tokens their experts had."""
+    option = f"--moe-loss-free-rate {args.moe_loss_free_rate}" if args.moe_loss_free_rate else None
+    option = option or f"--moe-router {args.moe_router}"
+    if not hasattr(task, "update_load"):
+        raise UserError(f"{option}: needs --task hyperrouter")
+    if args._get_parent().criterion._name != "moe_cross_entropy":
+        raise UserError(f"{option}: needs --criterion moe_cross_entropy")
 
 
 def check_override_names(where: str, overrides: Dict[str, Any]) -> None:

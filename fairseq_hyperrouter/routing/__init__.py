@@ -1,21 +1,44 @@
 """How tokens choose experts; knows tensors only."""
 
+from .base import BaseRouter
 from .capacity import limit_capacity
+from .compete import CompeteRouter
+from .cosine import CosineRouter
+from .expert_choice import ExpertChoiceRouter
 from .fixed import FixedRouter
+from .gshard import GShardRouter
+from .hash import HashRouter
 from .hyper import HyperNetwork, HyperRouter
 from .linear import LinearRouter
-from .router import ROUTERS, Router, Routing, RoutingContext, register_router
+from .noisy_top_k import NoisyTopKRouter
+from .recurrent import RecurrentRouter
+from .relu import ReluRouter
+from .router import ROUTERS, Place, Router, Routing, RoutingContext, register_router
 from .schedule import TopKSchedule
+from .stable import StableRouter
+from .switch import SwitchRouter
 
 __all__ = [
+    "BaseRouter",
+    "CompeteRouter",
+    "CosineRouter",
+    "ExpertChoiceRouter",
     "FixedRouter",
+    "GShardRouter",
+    "HashRouter",
     "HyperNetwork",
     "HyperRouter",
     "LinearRouter",
+    "NoisyTopKRouter",
+    "Place",
     "ROUTERS",
+    "RecurrentRouter",
+    "ReluRouter",
     "Router",
     "Routing",
     "RoutingContext",
+    "StableRouter",
+    "SwitchRouter",
     "TopKSchedule",
     "limit_capacity",
     "register_router",

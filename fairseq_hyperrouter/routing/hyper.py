@@ -3,7 +3,7 @@
 Dimensions: T tokens, D model, E experts, C router embedding, H hypernetwork hidden.
 """
 
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Router, RoutingContext, check_init_std, register_router
+from .router import Place, Router, RoutingContext, check_init_std, register_router
 
 HYPERNETWORK_INIT_STD = 0.02
 
@@ -79,9 +79,9 @@ class HyperRouter(Router):
         hidden_dim: int = 256,
         hypernetwork: Optional[HyperNetwork] = None,
         init_std: Optional[float] = None,
-        gate_softmax: str = "selected",
+        **options: Any,
     ) -> None:
-        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        super().__init__(embed_dim, num_experts, **options)
         check_init_std(init_std)
         embedding_dim = embed_dim if embedding_dim is None else embedding_dim
         output_dim = num_experts * (embed_dim + 1)
@@ -100,13 +100,13 @@ class HyperRouter(Router):
         self.reset_parameters()
 
     @classmethod
-    def options(cls, config: Any, lower: Sequence[Router]) -> Dict[str, Any]:
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
         return {
-            **super().options(config, lower),
+            **super().options(config, place),
             "init_std": config.moe_router_init_std,
             "embedding_dim": config.moe_hyper_embed_dim,
             "hidden_dim": config.moe_hyper_hidden_dim,
-            "hypernetwork": lower[0].hypernetwork if config.moe_hyper_shared and lower else None,
+            "hypernetwork": place.lower[0].hypernetwork if config.moe_hyper_shared and place.lower else None,
         }
 
     @torch.no_grad()

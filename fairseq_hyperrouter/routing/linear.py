@@ -1,12 +1,12 @@
 """The trained linear router: z = x W^T + b (Shazeer et al., arXiv 1701.06538, without its noise)."""
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router import Router, RoutingContext, check_init_std, register_router
+from .router import Place, Router, RoutingContext, check_init_std, register_router
 
 DEFAULT_INIT_STD = 0.02
 
@@ -21,17 +21,17 @@ class LinearRouter(Router):
         num_experts: int,
         *,
         init_std: Optional[float] = None,
-        gate_softmax: str = "selected",
+        **options: Any,
     ) -> None:
-        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax)
+        super().__init__(embed_dim, num_experts, **options)
         check_init_std(init_std)
         self.init_std = DEFAULT_INIT_STD if init_std is None else init_std
         self._add_weights(torch.empty(num_experts, embed_dim), torch.empty(num_experts))
         self.reset_parameters()
 
     @classmethod
-    def options(cls, config: Any, lower: Sequence[Router]) -> Dict[str, Any]:
-        return {**super().options(config, lower), "init_std": config.moe_router_init_std}
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
+        return {**super().options(config, place), "init_std": config.moe_router_init_std}
 
     def _add_weights(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = nn.Parameter(weight)

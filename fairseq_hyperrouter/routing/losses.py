@@ -30,8 +30,9 @@ def _sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
 
 def expert_load(routing: Routing) -> Tensor:
     """(E,) float32: how many tokens chose each expert, those over a capacity included."""
-    chosen = torch.zeros_like(routing.logits, dtype=torch.float32).scatter_(1, routing.expert_index, 1.0)
-    return _sum_over_tokens(routing, chosen)
+    chosen = torch.ones_like(routing.gate, dtype=torch.float32) if routing.chosen is None else routing.chosen.float()
+    of_experts = torch.zeros_like(routing.logits, dtype=torch.float32).scatter_(1, routing.expert_index, chosen)
+    return _sum_over_tokens(routing, of_experts)
 
 
 def probability_sum(routing: Routing) -> Tensor:
@@ -81,4 +82,5 @@ def dropped_sum(routing: Routing) -> Tensor:
     """How many assignments of tokens that count were not carried out."""
     if routing.kept is None:
         return torch.zeros((), device=routing.logits.device)
-    return _sum_over_tokens(routing, (~routing.kept).sum(dim=-1, dtype=torch.float32))
+    dropped = ~routing.kept if routing.chosen is None else routing.chosen & ~routing.kept
+    return _sum_over_tokens(routing, dropped.sum(dim=-1, dtype=torch.float32))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.inference import InferenceCache
 
-GATE_SOFTMAX = ("selected", "all")
+GATE_SOFTMAX = ("selected", "all", "sigmoid")
 
 
 def check_init_std(init_std: Optional[float]) -> None:
@@ -29,6 +29,32 @@ class RoutingContext(NamedTuple):
     """Experts per token, in force for this call."""
     padding_mask: Optional[Tensor] = None
     """(T,) bool, True where the token is padding; None when nothing is."""
+    token_ids: Optional[Tensor] = None
+    """(T,) int64, the tokens' numbers in the dictionary."""
+    state: Optional[Tensor] = None
+    """(T, S), what the router of the MoE layer below handed on."""
+    update: int = 0
+    """How many updates the training has made."""
+    experts: Optional[Callable[[Tensor], Tensor]] = None
+    """(T, D) -> (T, E, D), what every expert makes of every token."""
+
+
+class Place(NamedTuple):
+    """Where in a model a router stands."""
+
+    embed_dim: int
+    """D"""
+    index: int = 0
+    """Which of the MoE layers, counted from the bottom."""
+    count: int = 1
+    """How many MoE layers there are."""
+    lower: Sequence["Router"] = ()
+    """The routers of the MoE layers below, to share weights with."""
+    vocabulary: int = 0
+    """Symbols in the dictionary."""
+    updates: int = 0
+    """How many updates the training will make; 0 when nobody knows."""
+    seed: int = 1
 
 
 class Routing(NamedTuple):
@@ -43,26 +69,54 @@ class Routing(NamedTuple):
     token_mask: Optional[Tensor] = None
     """(T,) bool, True where the token counts (is not padding); None when every token counts."""
     kept: Optional[Tensor] = None
-    """(T, K) bool, False where the assignment is not carried out: padding, or over the
+    """(T, K) bool, False where the assignment is not carried out: padding, not chosen, or over the
     expert's capacity; None when every assignment is carried out."""
+    chosen: Optional[Tensor] = None
+    """(T, K) bool, where tokens have different numbers of experts: False where the place stands for none."""
+    loss: Optional[Tensor] = None
+    """The router's own loss, weighted, 0-dim; None when it has none."""
+    state: Optional[Tensor] = None
+    """(T, S), handed on to the router of the next MoE layer."""
 
 
 class Router(InferenceCache, ABC):
     """Choose K of E experts for every token.
 
-    1. z = logits(x), (T, E), in float32 (or wider) whatever the dtype of x.
-    2. The experts of a token are the K largest entries of its row of z.
-    3. gate = softmax of z over the K selected entries (``gate_softmax="selected"``, so that the gates
-       of a token sum to 1) or over all E (``"all"``, as in Switch, arXiv 2101.03961).
-       At K = 1 the first is the constant 1 and gives the router no gradient; the second does.
+    1. In training with a ``jitter`` e: x is multiplied by numbers drawn from U(1 - e, 1 + e) (arXiv 2101.03961).
+    2. z = logits(x), (T, E), in float32 (or wider) whatever the dtype of x.
+    3. The experts of a token are the K largest entries of its row of z; with a ``loss_free_rate``, of z + bias.
+    4. gate = softmax of z over the K selected entries (``gate_softmax="selected"``, so that the gates
+       of a token sum to 1) or over all E (``"all"``, as in Switch, arXiv 2101.03961), or sigmoid of z (``"sigmoid"``).
+       At K = 1 the first is the constant 1 and gives the router no gradient; the others do.
+    5. After every update, with a ``loss_free_rate`` (arXiv 2408.15664): bias_i += rate * sign(mean load - load_i), over
+       the tokens of all workers; the mean over the experts is taken off.
 
-    A subclass gives ``logits`` and ``reset_parameters``; everything else lives here, once.
+    A subclass gives ``logits`` and ``reset_parameters``, and overrides of the other steps only what is its own.
+
+    Class attributes say what a method cannot do without: ``trains_with`` the only K it can be trained with,
+    ``needs_token_ids``, ``needs_experts`` (``RoutingContext.experts``), ``hands_on_state``, ``looks_ahead`` (the choice
+    for a token depends on later ones, so not in a causal decoder), ``learns_from_load`` (``after_update``).
 
     Raises:
-        UserError (a ValueError): a size that is not positive, or an unknown ``gate_softmax``.
+        UserError (a ValueError): a size that is not positive, an unknown ``gate_softmax``, a negative rate or jitter.
     """
 
-    def __init__(self, embed_dim: int, num_experts: int, *, gate_softmax: str = "selected") -> None:
+    trains_with: Optional[int] = None
+    needs_token_ids = False
+    needs_experts = False
+    hands_on_state = False
+    looks_ahead = False
+    learns_from_load = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_experts: int,
+        *,
+        gate_softmax: str = "selected",
+        jitter: float = 0.0,
+        loss_free_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         if embed_dim < 1:
             raise UserError(f"router embed_dim {embed_dim}: must be at least 1")
@@ -70,23 +124,33 @@ class Router(InferenceCache, ABC):
             raise UserError(f"router num_experts {num_experts}: must be at least 1")
         if gate_softmax not in GATE_SOFTMAX:
             raise UserError(f"gate_softmax {gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
+        if not 0 <= jitter < 1:
+            raise UserError(f"router jitter {jitter}: must be at least 0 and below 1")
+        if not 0 <= loss_free_rate < math.inf:
+            raise UserError(f"router loss_free_rate {loss_free_rate}: must be at least 0, and finite")
         self.embed_dim = embed_dim
         self.num_experts = num_experts
         self.gate_softmax = gate_softmax
+        self.jitter = jitter
+        self.loss_free_rate = loss_free_rate
+        if loss_free_rate:
+            self.learns_from_load = True
+            # whole numbers: a half precision model would lose steps of 0.001
+            self.register_buffer("balancing_steps", torch.zeros(num_experts, dtype=torch.long))
 
     @classmethod
-    def from_config(cls, config: Any, embed_dim: int, lower: Sequence["Router"] = ()) -> "Router":
-        """Build the router from the options of a MoEConfig.
-
-        Args:
-            lower: the routers of the MoE layers below, to share weights with.
-        """
-        return cls(embed_dim, config.moe_expert_count, **cls.options(config, lower))
+    def from_config(cls, config: Any, place: Place) -> "Router":
+        """Build the router from the options of a MoEConfig."""
+        return cls(place.embed_dim, config.moe_expert_count, **cls.options(config, place))
 
     @classmethod
-    def options(cls, config: Any, lower: Sequence["Router"]) -> Dict[str, Any]:
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
         """The keyword arguments of the constructor that *config* holds; a subclass adds its own."""
-        return {"gate_softmax": config.moe_gate_softmax}
+        return {
+            "gate_softmax": config.moe_gate_softmax,
+            "jitter": config.moe_router_jitter,
+            "loss_free_rate": config.moe_loss_free_rate,
+        }
 
     @abstractmethod
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
@@ -97,20 +161,58 @@ class Router(InferenceCache, ABC):
         """Draw every weight, trained or frozen, from *generator*."""
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Route the (T, D) tokens."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.logits(x.to(torch.promote_types(x.dtype, torch.float32)), context)
-            selected, expert_index = logits.topk(context.top_k, dim=-1)
-            if self.gate_softmax == "selected":
-                gate = selected.softmax(dim=-1)
-            else:
-                gate = logits.softmax(dim=-1).gather(-1, expert_index)
-        if context.padding_mask is None:
-            return Routing(logits, expert_index, gate)
-        token_mask = ~context.padding_mask
-        return Routing(logits, expert_index, gate, token_mask, token_mask[:, None].expand_as(gate))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.jitter and self.training:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            return _without_padding(self.route(x, context), context.padding_mask)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Steps 2 to 4, in float32 or wider; who calls takes padding out."""
+        logits = self.logits(x, context)
+        expert_index = self.select(logits, context.top_k)
+        return Routing(logits, expert_index, self.gates(logits, expert_index))
+
+    def select(self, logits: Tensor, top_k: int) -> Tensor:
+        """(T, E) logits -> (T, K) experts, best first."""
+        if self.loss_free_rate:
+            logits = logits + self.balancing_bias(logits.dtype)
+        return logits.topk(top_k, dim=-1).indices
+
+    def gates(self, logits: Tensor, expert_index: Tensor) -> Tensor:
+        """The (T, K) gates of the selected experts."""
+        if self.gate_softmax == "all":
+            return logits.softmax(dim=-1).gather(-1, expert_index)
+        selected = logits.gather(-1, expert_index)
+        return selected.softmax(dim=-1) if self.gate_softmax == "selected" else selected.sigmoid()
+
+    @torch.no_grad()
+    def after_update(self, load: Tensor, tokens: Tensor) -> None:
+        """Called after every update when the router ``learns_from_load``.
+
+        Args:
+            load: (E,) assignments to each expert in this update, over all workers.
+            tokens: 0-dim, how many tokens there were.
+        """
+        if self.loss_free_rate:
+            self.balancing_steps += (load.mean() - load).sign().long()
+
+    def balancing_bias(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(E,) what loss-free balancing adds to the logits for the selection; its mean is 0."""
+        steps = self.balancing_steps.to(dtype)
+        return self.loss_free_rate * (steps - steps.mean())
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_experts={self.num_experts}, gate_softmax={self.gate_softmax}"
+
+
+def _without_padding(routing: Routing, padding_mask: Optional[Tensor]) -> Routing:
+    if padding_mask is None:
+        return routing._replace(kept=routing.chosen)
+    token_mask = ~padding_mask
+    kept = token_mask[:, None].expand_as(routing.gate)
+    return routing._replace(token_mask=token_mask, kept=kept if routing.chosen is None else routing.chosen & kept)
 
 
 ROUTERS: Dict[str, Type[Router]] = {}

@@ -20,6 +20,7 @@ from fairseq_hyperrouter.stock_options import check_training
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 
 from .epoch_batches import EpochBatches
+from .update_load import UpdateLoad
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class HyperRouterTask(LanguageModelingTask):
         self.valid_top_k = parse_ints("--valid-top-k", args.valid_top_k) if args.valid_top_k is not None else ()
         if args.token_unit not in TOKEN_UNITS:
             raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
+        self.update_load = UpdateLoad()
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
 
     @classmethod
@@ -123,10 +125,28 @@ class HyperRouterTask(LanguageModelingTask):
             check_split(os.path.join(paths[(epoch - 1) % len(paths)], split), len(self.dictionary))
         return super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
 
-    def train_step(self, sample: Dict[str, Any], *args: Any, **kwargs: Any) -> Tuple[Any, Any, Dict[str, Any]]:
-        loss, sample_size, logging_output = super().train_step(sample, *args, **kwargs)
+    def train_step(
+        self,
+        sample: Dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> Tuple[Any, Any, Dict[str, Any]]:
+        loss, sample_size, logging_output = super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+        )
         logging_output["ncharacters"] = self._count_characters(sample)
+        if "moe_load" in logging_output:
+            self.update_load.add(logging_output, update_num, counts=not ignore_grad)
         return loss, sample_size, logging_output
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """Stock; then routers that learn from the load of their experts are told that of this update."""
+        super().optimizer_step(optimizer, model, update_num)
+        self.update_load.tell(model)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more

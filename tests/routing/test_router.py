@@ -9,14 +9,16 @@ from fairseq_hyperrouter import LinearRouter, Router, RoutingContext, UserError,
 from fairseq_hyperrouter.routing import ROUTERS
 from tests import reference
 
-EVERY_ROUTER = pytest.mark.parametrize("name", sorted(ROUTERS))
+PAPER = ("hyperrouter", "smoe", "smoe-dropout")
+"""Top-k of plain logits; what other methods do differently their own tests look at."""
+EVERY_ROUTER = pytest.mark.parametrize("name", PAPER)
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), num_experts=st.integers(1, 20), num_tokens=st.integers(0, 12), scale=st.sampled_from([1, 1e3]))
 def test_gates_and_selection(data, num_experts, num_tokens, scale):
     top_k = data.draw(st.integers(1, num_experts))
-    name = data.draw(st.sampled_from(sorted(ROUTERS)))
+    name = data.draw(st.sampled_from(PAPER))
     selected, everything = (ROUTERS[name](5, num_experts, gate_softmax=g) for g in ("selected", "all"))
     everything.load_state_dict(selected.state_dict())
     x = torch.randn(num_tokens, 5) * scale
@@ -103,7 +105,10 @@ def test_smallest_sizes(name, sizes):
     [
         ({"embed_dim": 0, "num_experts": 4}, r"embed_dim 0: must be at least 1"),
         ({"embed_dim": 4, "num_experts": -1}, r"num_experts -1: must be at least 1"),
-        ({"embed_dim": 4, "num_experts": 4, "gate_softmax": "some"}, r"gate_softmax 'some': choose from selected, all"),
+        (
+            {"embed_dim": 4, "num_experts": 4, "gate_softmax": "some"},
+            r"gate_softmax 'some': choose from selected, all",
+        ),
     ],
 )
 def test_errors(name, arguments, message):
@@ -117,3 +122,38 @@ def test_register_router():
     with pytest.raises(ValueError, match="'smoe' is already registered, as LinearRouter"):
         register_router("smoe")(type("Other", (Router,), {}))
     assert ROUTERS["smoe"] is LinearRouter
+
+
+def test_sigmoid_gates():
+    routing = LinearRouter(8, 4, gate_softmax="sigmoid", init_std=1.0)(torch.randn(5, 8), RoutingContext(2))
+    assert torch.equal(routing.gate, routing.logits.gather(1, routing.expert_index).sigmoid())
+
+
+def test_jitter_only_in_training():
+    router, x = LinearRouter(8, 4, jitter=0.1), torch.ones(1000, 8)
+    ratio = router(x, RoutingContext(1)).logits / router.eval()(x, RoutingContext(1)).logits
+    assert ratio.std() > 0.01
+    assert len(router(x, RoutingContext(1)).logits[:, 0].unique()) == 1
+
+
+def test_loss_free_balancing_moves_the_load_toward_uniform():
+    """On a skewed input; the bias changes the selection and not the gates, and its mean stays 0."""
+    torch.manual_seed(0)
+    router = LinearRouter(8, 4, loss_free_rate=0.05, init_std=0.3)
+    x = torch.randn(400, 8) + 1.0
+
+    def load():
+        return router(x, RoutingContext(1)).expert_index.flatten().bincount(minlength=4).float()
+
+    before = load()
+    for _ in range(200):
+        router.after_update(load(), torch.tensor(400.0))
+        assert abs(router.balancing_bias().mean()) < 1e-6
+    assert before.max() > 2 * 100 > 1.5 * load().max()
+    routing = router(x, RoutingContext(2))
+    plain = routing.logits.gather(1, routing.expert_index).softmax(-1)
+    assert torch.equal(routing.gate, plain)
+    assert torch.equal(router.half().balancing_steps, router.balancing_steps)
+    fresh = LinearRouter(8, 4, loss_free_rate=0.05)
+    fresh.load_state_dict(router.state_dict())
+    assert torch.equal(fresh.balancing_bias(), router.balancing_bias())

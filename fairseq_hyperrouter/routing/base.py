@@ -1,0 +1,37 @@
+"""BASE layers' router (Lewis et al., arXiv 2103.16716): balanced by assignment instead of a loss."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .assignment import balanced_assignment
+from .linear import LinearRouter
+from .router import Routing, RoutingContext, register_router
+
+
+@register_router("base")
+class BaseRouter(LinearRouter):
+    """z = x W^T + b, gate sigmoid(z_i). In training every expert gets the same number of tokens; else the best
+    expert(s).
+
+    The paper assigns over the tokens of all workers; here each worker balances its own micro-batch.
+    """
+
+    trains_with = 1
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        logits = self.logits(x, context)
+        if self.training:
+            expert_index = _balanced(logits.detach(), context.padding_mask)[:, None]
+        else:
+            expert_index = self.select(logits, context.top_k)
+        return Routing(logits, expert_index, logits.gather(1, expert_index).sigmoid())
+
+
+def _balanced(logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    if padding_mask is None:
+        return balanced_assignment(logits)
+    expert = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    expert[~padding_mask] = balanced_assignment(logits[~padding_mask])
+    return expert

@@ -1,0 +1,74 @@
+"""Noisy top-k gating (Shazeer et al., arXiv 1701.06538).
+
+Dimensions: T tokens, D model, E experts, K experts per token.
+"""
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import LinearRouter
+from .router import Place, Routing, RoutingContext, register_router
+
+LEAST_NOISE = 0.01
+
+
+@register_router("noisy-top-k")
+class NoisyTopKRouter(LinearRouter):
+    """The linear router with noise whose size is trained, and two losses that balance.
+
+    1. z = x W^T + b; in training z + N(0, 1) s, s = softplus(x W_noise^T) + 0.01. W_noise starts at 0.
+    2. The K largest, gates by softmax.
+    3. In training, loss = loss_weight (CV^2(importance) + CV^2(load)), CV^2 = variance / mean^2 over the experts.
+       importance_i is the sum over tokens of i's gate; load_i the sum of the probability that i stays among the K
+       largest when its own noise is drawn anew: Phi((clean z_i - threshold_i) / s_i), threshold_i the K-th largest
+       of the other entries. With K = E every expert is always chosen and the load is left out.
+    """
+
+    def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = 0.1, **options: Any) -> None:
+        super().__init__(embed_dim, num_experts, **options)
+        self.loss_weight = loss_weight
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, embed_dim))
+
+    @classmethod
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
+        weight = config.moe_router_loss_wt
+        return {**super().options(config, place), **({} if weight is None else {"loss_weight": weight})}
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        super().reset_parameters(generator)
+        if hasattr(self, "noise_weight"):
+            self.noise_weight.zero_()
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        clean = self.logits(x, context)
+        if not self.training:
+            expert_index = self.select(clean, context.top_k)
+            return Routing(clean, expert_index, self.gates(clean, expert_index))
+        size = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + LEAST_NOISE
+        noisy = clean + torch.randn_like(clean) * size
+        expert_index = self.select(noisy, context.top_k)
+        gate = self.gates(noisy, expert_index)
+        counts = None if context.padding_mask is None else ~context.padding_mask[:, None]
+        importance = torch.zeros_like(noisy).scatter(1, expert_index, gate)
+        loss = _squared_variation(importance, counts)
+        if context.top_k < self.num_experts:
+            loss = loss + _squared_variation(_probability_to_stay(clean, noisy, size, context.top_k), counts)
+        return Routing(noisy, expert_index, gate, loss=self.loss_weight * loss)
+
+
+def _probability_to_stay(clean: Tensor, noisy: Tensor, size: Tensor, top_k: int) -> Tensor:
+    largest = noisy.topk(top_k + 1, dim=-1).values
+    kth, next_one = largest[:, -2:-1], largest[:, -1:]
+    # among the K largest: the rest's K-th largest is the (K + 1)-th of all
+    threshold = torch.where(noisy > next_one, next_one, kth)
+    return torch.special.ndtr((clean - threshold) / size)
+
+
+def _squared_variation(per_token: Tensor, counts: Optional[Tensor]) -> Tensor:
+    """CV^2 over the experts of the sums over the tokens that count."""
+    total = (per_token if counts is None else per_token * counts).sum(0)
+    return total.var(unbiased=False) / (total.mean() ** 2 + 1e-10)

@@ -1,0 +1,67 @@
+"""ReMoE (Wang et al., arXiv 2412.14711): gates relu(z), and no top-k in training.
+
+Dimensions: T tokens, E experts, K experts per token wanted on average.
+"""
+
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from .linear import LinearRouter
+from .router import Place, Routing, RoutingContext, register_router
+
+START, STEP = 1e-8, 1.2
+
+
+@register_router("relu")
+class ReluRouter(LinearRouter):
+    """z = x W^T + b, g = relu(z): continuous, so every expert's gate learns.
+
+    1. In training a token goes to every expert with g_i > 0. Outside, to the K largest of them.
+    2. loss = lambda mean_t sum_i f_i g_ti, f_i = (E / K) times the share of tokens that expert i has: an L1 penalty,
+       heavier where an expert has more than its share.
+    3. After every update lambda is multiplied by 1.2 when tokens went to more than K experts on average, else
+       divided by it. It starts at 1e-8 (``--moe-router-loss-wt`` sets another) and is saved as a number of steps.
+    """
+
+    learns_from_load = True
+
+    def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = START, **options: Any) -> None:
+        super().__init__(embed_dim, num_experts, **options)
+        self.loss_weight = loss_weight
+        self.wanted = 0.0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @classmethod
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
+        weight = config.moe_router_loss_wt
+        return {**super().options(config, place), **({} if weight is None else {"loss_weight": weight})}
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        super().reset_parameters(generator)
+        if hasattr(self, "steps"):
+            self.steps.zero_()
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        logits = self.logits(x, context)
+        top_k = self.num_experts if self.training else context.top_k
+        largest, expert_index = logits.topk(top_k, dim=-1)
+        gate = largest.relu()
+        routing = Routing(logits, expert_index, gate, chosen=gate > 0)
+        if not self.training:
+            return routing
+        self.wanted = float(context.top_k)
+        counts = 1.0 if context.padding_mask is None else (~context.padding_mask[:, None]).to(gate)
+        gates = logits.relu() * counts
+        tokens = len(x) if context.padding_mask is None else counts.sum().clamp(min=1)
+        share = (gates > 0).to(gates).sum(0) / max(len(x), 1) * (self.num_experts / context.top_k)
+        strength = self.loss_weight * STEP ** self.steps.to(gates)
+        return routing._replace(loss=strength * (share * gates).sum() / tokens)
+
+    @torch.no_grad()
+    def after_update(self, load: Tensor, tokens: Tensor) -> None:
+        super().after_update(load, tokens)
+        if self.wanted:
+            self.steps += (load.sum() / tokens.clamp(min=1) - self.wanted).sign().long()

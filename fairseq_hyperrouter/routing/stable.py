@@ -1,0 +1,104 @@
+"""StableMoE (Dai et al., arXiv 2204.08396): learn a router, distil it into one that sees words only, freeze that.
+
+Dimensions: T tokens, D model, E experts, V symbols, C word embedding.
+"""
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_hyperrouter.errors import UserError
+
+from .linear import LinearRouter
+from .router import Place, Routing, RoutingContext, register_router
+
+
+@register_router("stable")
+class StableRouter(LinearRouter):
+    """Two stages; a token's expert stops changing in the second.
+
+    1. Stage 1, the first ``stage1_updates``: expert = argmax of z = x W^T + b, gate = sigmoid(z of it). Beside it a
+       small router d = words[token] experts^T, words (V, C), experts (E, C), learns to predict the choice.
+       loss = loss_weight (balance + distillation): balance = sum_i (load_i / mean load - 1) mean of i's gates,
+       distillation = cross entropy of softmax(d) with the choice.
+    2. Stage 2: expert = argmax of d, copied into buffers and so frozen; the gate stays sigmoid(z of it). No loss.
+
+    Which stage a model is in, and the frozen copy, are saved with it. With more experts at inference, the largest of
+    z or d.
+    """
+
+    trains_with = 1
+    needs_token_ids = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_experts: int,
+        *,
+        vocabulary: int,
+        stage1_updates: int,
+        dim: int = 50,
+        loss_weight: float = 0.3,
+        **options: Any,
+    ) -> None:
+        super().__init__(embed_dim, num_experts, **options)
+        if stage1_updates < 1:
+            raise UserError(f"--moe-stage1-updates {stage1_updates}: must be at least 1")
+        self.stage1_updates = stage1_updates
+        self.loss_weight = loss_weight
+        self.words = nn.Parameter(torch.empty(vocabulary, dim))
+        self.experts = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("frozen_words", torch.zeros(vocabulary, dim))
+        self.register_buffer("frozen_experts", torch.zeros(num_experts, dim))
+        self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+        self.reset_parameters()
+
+    @classmethod
+    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
+        weight, updates = config.moe_router_loss_wt, config.moe_stage1_updates
+        return {
+            **super().options(config, place),
+            "vocabulary": place.vocabulary,
+            "stage1_updates": max(1, place.updates // 10) if updates is None else updates,
+            "dim": config.moe_router_dim or 50,
+            **({} if weight is None else {"loss_weight": weight}),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
+        super().reset_parameters(generator)
+        if hasattr(self, "is_frozen"):
+            self.words.normal_(0.0, 0.1, generator=generator)
+            self.experts.normal_(0.0, 0.1, generator=generator)
+            self.is_frozen.fill_(False)
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        self.frozen_words.copy_(self.words)
+        self.frozen_experts.copy_(self.experts)
+        self.is_frozen.fill_(True)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        logits = self.logits(x, context)
+        if self.training and context.update >= self.stage1_updates and not self.is_frozen:
+            self._freeze()
+        # where, not if: no look at a value on the GPU
+        words = self.frozen_words[context.token_ids].to(x.dtype)
+        chosen_by = torch.where(self.is_frozen, F.linear(words, self.frozen_experts.to(x.dtype)), logits.detach())
+        expert_index = chosen_by.topk(context.top_k, dim=-1).indices
+        gate = logits.gather(1, expert_index).sigmoid()
+        loss = self._loss(logits, expert_index, gate, context) if self.training else None
+        return Routing(logits, expert_index, gate, loss=loss)
+
+    def _loss(self, logits: Tensor, expert_index: Tensor, gate: Tensor, context: RoutingContext) -> Tensor:
+        counts = torch.ones_like(gate) if context.padding_mask is None else (~context.padding_mask[:, None]).to(gate)
+        choice = torch.zeros_like(logits).scatter(1, expert_index, counts)
+        load = choice.sum(0)
+        of_experts = (choice * logits.sigmoid()).sum(0) / counts.sum().clamp(min=1)
+        balance = ((load / load.mean().clamp(min=1e-9) - 1) * of_experts).sum()
+        distilled = F.linear(self.words[context.token_ids].to(logits.dtype), self.experts.to(logits.dtype))
+        per_token = F.cross_entropy(distilled, expert_index[:, 0], reduction="none") * counts[:, 0]
+        loss = self.loss_weight * (balance + per_token.sum() / counts.sum().clamp(min=1))
+        return torch.where(self.is_frozen, 0.0, loss)

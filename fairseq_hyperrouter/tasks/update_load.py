@@ -1,0 +1,40 @@
+"""How many tokens each expert had in an update, over its micro-batches and all workers."""
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fairseq_hyperrouter.distributed_options import number_of_workers
+from fairseq_hyperrouter.moe_layer import MoELayer
+
+
+class UpdateLoad:
+    """Adds up what the criterion logged of each micro-batch; nothing that runs in a forward pass.
+
+    A forward pass that is made twice, as with activation checkpointing, is therefore counted once.
+    """
+
+    def __init__(self) -> None:
+        self._update = -1
+        self._sums: Optional[Tensor] = None
+
+    def add(self, logging_output: Dict[str, Any], update: int, counts: bool) -> None:
+        """Add a micro-batch of *update*; one that does not count only takes part in the sum over workers."""
+        if update != self._update or self._sums is None:
+            self._update, self._sums = update, None
+        sums = torch.cat([logging_output["moe_load"], logging_output["moe_tokens"][:, None]], dim=1)
+        sums = sums if counts else torch.zeros_like(sums)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def tell(self, model: Any) -> None:
+        """Give every router that learns from it the load of the update; all workers call this together."""
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        if self._sums is not None and any(layer.router.learns_from_load for layer in layers):
+            if number_of_workers() > 1:
+                dist.all_reduce(self._sums)
+            for layer, sums in zip(layers, self._sums):
+                if layer.router.learns_from_load:
+                    layer.router.after_update(sums[:-1], sums[-1])
+        self._sums = None

@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairseq_hyperrouter import MoELayer, RoutingContext, UserError
+from fairseq_hyperrouter.routing import CompeteRouter, Place
+
+
+def router(**options):
+    place = Place(6, index=options.pop("index", 0), count=options.pop("count", 1), updates=options.pop("updates", 0))
+    return CompeteRouter(6, 4, place=place, init_std=0.5, **options)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_competition(version):
+    torch.manual_seed(0)
+    layer = MoELayer(router(rate=1.0, version=version), 8, top_k=2).double()
+    x = torch.randn(7, 6).double()
+    y, routing = layer(x)
+    every = [layer.experts(x, torch.full((7, 1), i), torch.ones(7, 1).double()) for i in range(4)]
+    outputs = torch.stack(every, 1)
+    affinity = outputs.norm(dim=-1) if version == "v1" else F.softplus(outputs).mean(-1)
+    gate, index = affinity.topk(2)
+    assert torch.equal(routing.expert_index, index)
+    expected = (gate.softmax(-1)[..., None] * outputs.gather(1, index[..., None].expand(-1, -1, 6))).sum(1)
+    torch.testing.assert_close(y, expected)
+    loss = (routing.logits.softmax(-1) - affinity.softmax(-1)).square().mean()
+    if version == "v2":
+        chosen = outputs.gather(1, index[..., None].expand(-1, -1, 6))
+        loss = loss + 0.01 * F.cosine_similarity(chosen[:, 0], chosen[:, 1], dim=-1).mean()
+    torch.testing.assert_close(routing.loss, loss)
+
+
+def test_the_router_learns_what_competition_says():
+    torch.manual_seed(0)
+    layer = MoELayer(router(rate=1.0), 8, top_k=1)
+    with torch.no_grad():
+        layer.experts.bias2 += torch.randn(4, 6)
+    x = torch.randn(200, 6)
+
+    def agreement():
+        winner = layer.train()(x)[1].expert_index
+        return (layer.eval()(x)[1].expert_index == winner).float().mean()
+
+    before = agreement()
+    optimizer = torch.optim.Adam(layer.router.parameters(), 0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        layer.train()(x)[1].loss.backward()
+        optimizer.step()
+    assert agreement() > before + 0.2
+
+
+def test_when_it_competes():
+    routers = [router(rate=0.3, index=i, count=8, updates=1000) for i in range(8)]
+    table = torch.tensor([[one.competes(update) for one in routers] for update in range(1000)])
+    assert not table[:50].any() and table.sum(1).max() == 3
+    alone = router(rate=0.05, updates=1000)
+    assert 20 < sum(alone.competes(update) for update in range(1000)) < 80
+    assert not any(router(rate=0.0).competes(update) for update in range(100))
+
+
+def test_outside_training_and_mistakes():
+    layer = MoELayer(router(rate=1.0), 8, top_k=2).eval()
+    routing = layer(torch.randn(7, 6))[1]
+    assert routing.loss is None and torch.equal(routing.expert_index, routing.logits.topk(2).indices)
+    for options, message in (
+        ({"rate": 2.0}, "--moe-compete-rate 2.0"),
+        ({"version": "v3"}, "--moe-compete-version 'v3'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            router(**options)
+    assert RoutingContext(1).experts is None
