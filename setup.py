@@ -22,6 +22,6 @@ setup(
         "numpy",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "tensorboardX"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scipy", "tensorboardX"]},
     entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.command:main"]},
 )

@@ -8,9 +8,7 @@ from fairseq_hyperrouter.routing.assignment import balanced_assignment
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    tokens=st.integers(0, 40), experts=st.integers(1, 6), seed=st.integers(0, 1000), scale=st.sampled_from([0, 1, 50])
-)
+@given(tokens=st.integers(0, 40), experts=st.integers(1, 6), seed=st.integers(0, 999), scale=st.sampled_from([0, 50]))
 def test_balanced_and_nearly_the_best(tokens, experts, seed, scale):
     """Against scipy's exact assignment, each expert as often as it has room."""
     torch.manual_seed(seed)

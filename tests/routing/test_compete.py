@@ -64,10 +64,7 @@ def test_outside_training_and_mistakes():
     layer = MoELayer(router(rate=1.0), 8, top_k=2).eval()
     routing = layer(torch.randn(7, 6))[1]
     assert routing.loss is None and torch.equal(routing.expert_index, routing.logits.topk(2).indices)
-    for options, message in (
-        ({"rate": 2.0}, "--moe-compete-rate 2.0"),
-        ({"version": "v3"}, "--moe-compete-version 'v3'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            router(**options)
+    for name, value in (("rate", 2.0), ("version", "v3")):
+        with pytest.raises(UserError, match=f"--moe-compete-{name} {value!r}"):
+            router(**{name: value})
     assert RoutingContext(1).experts is None

@@ -149,7 +149,7 @@ def test_loss_free_balancing_moves_the_load_toward_uniform():
     for _ in range(200):
         router.after_update(load(), torch.tensor(400.0))
         assert abs(router.balancing_bias().mean()) < 1e-6
-    assert before.max() > 2 * 100 > 1.5 * load().max()
+    assert before.max() - before.min() > 150 and load().max() - load().min() < 50
     routing = router(x, RoutingContext(2))
     plain = routing.logits.gather(1, routing.expert_index).softmax(-1)
     assert torch.equal(routing.gate, plain)
