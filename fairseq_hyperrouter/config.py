@@ -84,9 +84,19 @@ class MoEConfig(FairseqDataclass):
     moe_eval_top_k: Optional[str] = field(
         default=None, metadata={"help": "experts per token at inference (default: --moe-top-k)"}
     )
+    moe_eval_threshold: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "at inference, of --moe-eval-top-k experts those compute whose probability is at least this, and "
+            "the best (default: all of them)"
+        },
+    )
     moe_gate_softmax: str = field(
         default="selected",
-        metadata={"help": "the gates are a softmax over the logits of the selected experts (selected) or of all (all)"},
+        metadata={
+            "help": "the gates are a softmax over the logits of the selected experts (selected) or of all (all), or "
+            "the sigmoid of each logit (sigmoid)"
+        },
     )
     moe_router_init_std: Optional[float] = field(
         default=None,
@@ -147,6 +157,17 @@ class MoEConfig(FairseqDataclass):
     moe_shared_experts: int = field(
         default=0, metadata={"help": "experts that every token goes to, beside the chosen ones"}
     )
+    moe_adapter_dim: int = field(
+        default=0,
+        metadata={"help": "HyperMoE: width of an adapter made from the experts that were not chosen, 64 in the paper"},
+    )
+    moe_similarity_wt: float = field(
+        default=0.0, metadata={"help": "SimSMoE: weight of the penalty on experts that compute the same"}
+    )
+    moe_upcycle_from: Optional[str] = field(
+        default=None,
+        metadata={"help": "start from this dense checkpoint: every expert is a copy of its feed-forward"},
+    )
     moe_backend: str = field(
         default=AUTO,
         metadata={
@@ -186,6 +207,10 @@ class MoEConfig(FairseqDataclass):
         self._check_least("moe_shared_experts", 0)
         if _resolved(self.moe_top_k_schedule_updates, 0) < 0:
             raise UserError(f"--moe-top-k-schedule-updates {self.moe_top_k_schedule_updates}: must be at least 0")
+        self._check_least("moe_adapter_dim", 0)
+        threshold = self.moe_eval_threshold
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UserError(f"--moe-eval-threshold {threshold}: must be between 0 and 1")
         for name in ("moe_router_init_std", "moe_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .experts import ExpertBank, ExpertParallel, SharedExperts
+from .experts import ExpertBank, ExpertParallel, SharedExperts, UnselectedAdapter, similarity_penalty
 from .routing import Router, Routing, RoutingContext, limit_capacity
 
 
@@ -36,6 +36,8 @@ class MoELayer(nn.Module):
         shared_experts: how many experts every token goes to beside the chosen ones.
         backend: what computes the experts: auto, runs, onednn, grouped, blocks or loop; see ``experts/backend.py``.
         parallel: the workers that the experts are divided over; see ``experts/parallel.py``.
+        adapter_dim: width of HyperMoE's adapter of the experts that were not chosen; 0 for none.
+        similarity_weight: weight of SimSMoE's penalty in the Routing's loss; 0 for none.
 
     Raises:
         UserError (a ValueError): naming the argument, its value and what is allowed.
@@ -59,6 +61,8 @@ class MoELayer(nn.Module):
         shared_experts: int = 0,
         backend: str = "auto",
         parallel: Optional[ExpertParallel] = None,
+        adapter_dim: int = 0,
+        similarity_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
@@ -73,6 +77,12 @@ class MoELayer(nn.Module):
         hidden = {"activation": activation, "dropout": activation_dropout}
         self.experts = ExpertBank(router.num_experts, *sizes, **hidden, backend=backend, parallel=parallel)
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
+        if adapter_dim < 0:
+            raise UserError(f"adapter_dim {adapter_dim}: must be at least 0")
+        if not 0 <= similarity_weight < math.inf:
+            raise UserError(f"similarity_weight {similarity_weight}: must be at least 0, and finite")
+        self.similarity_weight = similarity_weight
+        self.adapter = UnselectedAdapter(sizes[0], router.num_experts, adapter_dim) if adapter_dim else None
 
     def _checked(self, top_k: int) -> int:
         if type(top_k) is not int or not 1 <= top_k <= self.router.num_experts:
@@ -90,6 +100,7 @@ class MoELayer(nn.Module):
         token_ids: Optional[Tensor] = None,
         router_state: Optional[Tensor] = None,
         update: int = 0,
+        threshold: Optional[float] = None,
     ) -> Tuple[Tensor, Routing]:
         """(..., D) tokens -> y (..., D) and the Routing of the T tokens in the order of x.
 
@@ -99,20 +110,31 @@ class MoELayer(nn.Module):
             token_ids: int64, the same shape; for routers that look at the tokens themselves.
             router_state: ``state`` of the Routing of the MoE layer below, for routers that hand one on.
             update: how many updates the training has made, for routers that change with it.
+            threshold: of the K experts only those compute whose probability is at least this, and the best.
         """
         x_TD = x.reshape(-1, x.size(-1))
         mask_T, ids_T = (None if one is None else one.reshape(-1) for one in (padding_mask, token_ids))
         if ids_T is None and self.router.needs_token_ids:
             raise UserError(f"token_ids None: {type(self.router).__name__} needs them")
         top_k = self.top_k if top_k is None else self._checked(top_k)
-        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, self._every_expert)
+        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, self._every_expert, threshold)
         routing = self.router(x_TD, context)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
         y_TD = self.experts(x_TD, routing.expert_index, routing.gate, routing.kept)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
+        if self.adapter is not None:
+            y_TD = y_TD + self.adapter(x_TD, routing.chosen_mask())
+        if self.training and self.similarity_weight:
+            penalty = similarity_penalty(x_TD, routing.chosen_mask(), self._expert)
+            loss = self.similarity_weight * penalty
+            routing = routing._replace(loss=loss if routing.loss is None else routing.loss + loss)
         return y_TD.view_as(x), routing
+
+    def _expert(self, x: Tensor, which: int) -> Tensor:
+        """(T, D) -> (T, D), what one expert makes of every token."""
+        return self.experts(x, torch.full((len(x), 1), which, device=x.device), x.new_ones(len(x), 1))
 
     def _every_expert(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E, D), what every expert makes of every token."""

@@ -31,6 +31,13 @@ class RoutingLossConfig(FairseqDataclass):
         default=0.0, metadata={"help": "weight of the z-loss, mean logsumexp(router logits)^2"}
     )
 
+    moe_mi_loss_wt: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the mutual information loss of DS-MoE, -H(mean p) + mean H(p); for dense training "
+            "(--moe-top-k E) and sparse inference"
+        },
+    )
     moe_balance_batch: str = field(
         default="local",
         metadata={
@@ -43,7 +50,7 @@ class RoutingLossConfig(FairseqDataclass):
         """Raise a UserError (a ValueError) for a negative weight, or an unknown batch."""
         if self.moe_balance_batch not in ("local", "global"):
             raise UserError(f"--moe-balance-batch {self.moe_balance_batch!r}: choose from local, global")
-        for name in ("moe_gate_loss_wt", "moe_z_loss_wt"):
+        for name in ("moe_gate_loss_wt", "moe_z_loss_wt", "moe_mi_loss_wt"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: must be at least 0, and finite")
 
@@ -63,6 +70,7 @@ def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) ->
     for weight, loss in (
         (cfg.moe_gate_loss_wt, losses.balance_loss),
         (cfg.moe_z_loss_wt, lambda routing, _: losses.z_loss(routing)),
+        (cfg.moe_mi_loss_wt, lambda routing, _: losses.mutual_information_loss(routing)),
     ):
         if weight > 0 and ran:
             mean = weight * torch.stack([loss(routing, load) for routing, load in ran]).mean()

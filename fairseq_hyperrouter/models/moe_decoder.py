@@ -45,6 +45,9 @@ class MoEDecoder(TransformerDecoderBase):
         parallel: Optional[ExpertParallel] = None,
     ) -> None:
         moe.check(cfg.decoder.layers)
+        if parallel is not None and moe.moe_similarity_wt:
+            option = f"--moe-similarity-wt {moe.moe_similarity_wt}"
+            raise UserError(f"{option}: not together with --moe-expert-parallel-size, workers compare other pairs")
         if ROUTERS[moe.moe_router].looks_ahead:
             raise UserError(f"--moe-router {moe.moe_router}: looks at later tokens, which a decoder must not")
         scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
@@ -169,8 +172,13 @@ class MoEDecoder(TransformerDecoderBase):
 
     def _of_moe(self, moe_index: int, tokens: Tensor, router_state: Optional[Tensor]) -> Dict[str, Any]:
         """What a MoE layer is told beside what every layer is told."""
-        top_k, update = self.active_top_k(moe_index), self.num_updates
-        return {"top_k": top_k, "token_ids": tokens, "router_state": router_state, "update": update}
+        return {
+            "top_k": self.active_top_k(moe_index),
+            "token_ids": tokens,
+            "router_state": router_state,
+            "update": self.num_updates,
+            "threshold": None if self.training else self.moe_config.moe_eval_threshold,
+        }
 
     def _embed(self, tokens: Tensor, incremental_state: Optional[Dict[str, Any]]) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, T) -> embeddings (T, B, D) and the padding mask (B, T), None without padding."""
@@ -221,12 +229,15 @@ def build_moe_layer(
             activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
             capacity_factor=moe.moe_capacity_factor,
             shared_experts=moe.moe_shared_experts,
+            adapter_dim=moe.moe_adapter_dim,
+            similarity_weight=moe.moe_similarity_wt,
             backend=moe.moe_backend,
             parallel=parallel,
         )
         torch.manual_seed(seed(1))
-        if layer.shared_experts is not None:
-            layer.shared_experts.reset_parameters()
+        for part in (layer.shared_experts, layer.adapter):
+            if part is not None:
+                part.reset_parameters()
     layer.router.reset_parameters(torch.Generator().manual_seed(seed(2)))
     experts = range(moe.moe_expert_count)
     layer.experts.reset_parameters([torch.Generator().manual_seed(seed(3 + expert)) for expert in experts])

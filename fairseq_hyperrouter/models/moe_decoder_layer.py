@@ -48,6 +48,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         token_ids: Tensor,
         router_state: Optional[Tensor] = None,
         update: int = 0,
+        threshold: Optional[float] = None,
         self_attn_padding_mask: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Tuple[Any, ...]:
@@ -61,6 +62,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             token_ids: (B, T) int64.
             router_state: (T B, S), what the router of the MoE layer below handed on.
             update: how many updates the training has made.
+            threshold: the least probability of an expert that computes, None for no least.
             self_attn_padding_mask: (B, T) bool, True at padding.
         """
         padding_mask = None if self_attn_padding_mask is None else self_attn_padding_mask.t()
@@ -70,6 +72,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             "token_ids": token_ids.t(),
             "router_state": router_state,
             "update": update,
+            "threshold": threshold,
         }
         try:
             stock = super().forward(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)

@@ -18,7 +18,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import check_readable, shape_difference
+from fairseq_hyperrouter.checkpoints import check_readable, restored_checkpoint, shape_difference
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
@@ -29,6 +29,7 @@ from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.stock_options import check_model_options, check_training
+from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
 
 from .moe_decoder import MoEDecoder
 
@@ -83,6 +84,9 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         if divides:
             divide_experts(args._get_parent(), model)
+        if is_training and moe.moe_upcycle_from and restored_checkpoint(args._get_parent().checkpoint) is None:
+            check_upcycling(moe)
+            upcycle(model, moe.moe_upcycle_from)
         return model
 
     @classmethod

@@ -30,9 +30,7 @@ def _sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
 
 def expert_load(routing: Routing) -> Tensor:
     """(E,) float32: how many tokens chose each expert, those over a capacity included."""
-    chosen = torch.ones_like(routing.gate, dtype=torch.float32) if routing.chosen is None else routing.chosen.float()
-    of_experts = torch.zeros_like(routing.logits, dtype=torch.float32).scatter_(1, routing.expert_index, chosen)
-    return _sum_over_tokens(routing, of_experts)
+    return routing.chosen_mask().sum(dim=0, dtype=torch.float32)
 
 
 def probability_sum(routing: Routing) -> Tensor:
@@ -70,6 +68,16 @@ def z_sum(routing: Routing) -> Tensor:
 def z_loss(routing: Routing) -> Tensor:
     """mean logsumexp(z)^2 (ST-MoE, arXiv 2202.08906)."""
     return z_sum(routing) / num_tokens(routing).clamp(min=1.0)
+
+
+def mutual_information_loss(routing: Routing) -> Tensor:
+    """-H(mean p) + mean H(p), p the softmax over all E experts (DS-MoE, arXiv 2404.05567).
+
+    Lowest, -ln E, when every token is sure of its expert and all experts are used evenly.
+    """
+    tokens = num_tokens(routing).clamp(min=1.0)
+    mean = probability_sum(routing) / tokens
+    return torch.special.xlogy(mean, mean).sum() + entropy_sum(routing) / tokens
 
 
 def entropy_sum(routing: Routing) -> Tensor:

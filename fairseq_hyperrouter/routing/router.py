@@ -37,6 +37,8 @@ class RoutingContext(NamedTuple):
     """How many updates the training has made."""
     experts: Optional[Callable[[Tensor], Tensor]] = None
     """(T, D) -> (T, E, D), what every expert makes of every token."""
+    threshold: Optional[float] = None
+    """The least probability, by the softmax over all experts, of an expert that computes; None for no least."""
 
 
 class Place(NamedTuple):
@@ -77,6 +79,12 @@ class Routing(NamedTuple):
     """The router's own loss, weighted, 0-dim; None when it has none."""
     state: Optional[Tensor] = None
     """(T, S), handed on to the router of the next MoE layer."""
+
+    def chosen_mask(self) -> Tensor:
+        """(T, E) bool: which experts each token chose, those over a capacity included; none for padding."""
+        chosen = torch.ones_like(self.expert_index, dtype=torch.bool) if self.chosen is None else self.chosen
+        chosen = chosen if self.token_mask is None else chosen & self.token_mask[:, None]
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, self.expert_index, chosen)
 
 
 class Router(InferenceCache, ABC):
@@ -166,7 +174,10 @@ class Router(InferenceCache, ABC):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.jitter and self.training:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            return _without_padding(self.route(x, context), context.padding_mask)
+            routing = self.route(x, context)
+            if context.threshold is not None:
+                routing = _over_threshold(routing, context.threshold, renormalise=self.gate_softmax == "selected")
+            return _without_padding(routing, context.padding_mask)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """Steps 2 to 4, in float32 or wider; who calls takes padding out."""
@@ -205,6 +216,17 @@ class Router(InferenceCache, ABC):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_experts={self.num_experts}, gate_softmax={self.gate_softmax}"
+
+
+def _over_threshold(routing: Routing, threshold: float, renormalise: bool) -> Routing:
+    """Keep a token's best expert, and the others whose probability reaches the threshold."""
+    enough = routing.logits.softmax(dim=-1).gather(1, routing.expert_index) >= threshold
+    enough[:, 0] = True
+    chosen = enough if routing.chosen is None else routing.chosen & enough
+    gate = routing.gate * chosen
+    if renormalise:
+        gate = gate / gate.sum(dim=1, keepdim=True)
+    return routing._replace(chosen=chosen, gate=gate)
 
 
 def _without_padding(routing: Routing, padding_mask: Optional[Tensor]) -> Routing:

@@ -114,3 +114,15 @@ def test_sums_of_two_halves_are_those_of_the_whole():
     for name in ("num_tokens", "expert_load", "probability_sum", "z_sum", "entropy_sum", "dropped_sum"):
         total = getattr(losses, name)
         torch.testing.assert_close(sum(total(half) for half in halves), total(routing))
+
+
+def test_mutual_information_loss():
+    """-ln E when every token is sure and experts are used evenly, 0 when all tokens say the same."""
+    sure = 50 * torch.eye(4).repeat(3, 1)
+    index = torch.zeros(12, 1, dtype=torch.long)
+    for logits, expected in ((sure, -math.log(4)), (torch.zeros(12, 4), 0.0), (sure[:1].expand(12, 4), 0.0)):
+        routing = Routing(logits, index, torch.ones(12, 1))
+        assert losses.mutual_information_loss(routing).item() == pytest.approx(expected, abs=1e-5)
+    padded = Routing(torch.cat([sure, torch.randn(3, 4)]), torch.zeros(15, 1).long(), torch.ones(15, 1))
+    padded = padded._replace(token_mask=torch.arange(15) < 12)
+    assert losses.mutual_information_loss(padded).item() == pytest.approx(-math.log(4), abs=1e-5)

@@ -157,3 +157,18 @@ def test_loss_free_balancing_moves_the_load_toward_uniform():
     fresh = LinearRouter(8, 4, loss_free_rate=0.05)
     fresh.load_state_dict(router.state_dict())
     assert torch.equal(fresh.balancing_bias(), router.balancing_bias())
+
+
+@pytest.mark.parametrize("gate_softmax", ["selected", "all"])
+def test_threshold(gate_softmax):
+    """Those of the K whose probability reaches it, and always the best; their gates sum to 1 where gates do."""
+    router, x = LinearRouter(8, 6, init_std=1.0, gate_softmax=gate_softmax), torch.randn(40, 8)
+    routing, plain = router(x, RoutingContext(4, threshold=0.2)), router(x, RoutingContext(4))
+    probability = plain.logits.softmax(-1)
+    for token, (index, kept, gate) in enumerate(zip(routing.expert_index, routing.kept, routing.gate)):
+        expected = [place == 0 or probability[token, expert] >= 0.2 for place, expert in enumerate(index.tolist())]
+        assert kept.tolist() == expected
+        logits = plain.logits[token, index[kept]]
+        wanted = logits.softmax(-1) if gate_softmax == "selected" else probability[token, index[kept]]
+        torch.testing.assert_close(gate[kept], wanted)
+    assert 40 < routing.kept.sum() < 160

@@ -1,0 +1,81 @@
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): start experts from a trained dense model."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+from fairseq import checkpoint_utils
+from torch import Tensor, nn
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+OPTION = "--moe-upcycle-from"
+
+
+def check_upcycling(moe: Any) -> None:
+    """Raise a UserError for options with which the first output would not be the dense model's."""
+    path = moe.moe_upcycle_from
+    if moe.moe_gate_softmax != "selected" or moe.moe_router in ("switch", "base", "stable", "relu"):
+        gates = "--moe-gate-softmax selected and another router"
+        raise UserError(f"{OPTION} {path}: needs gates that sum to 1, give {gates}")
+    if moe.moe_shared_experts:
+        raise UserError(f"{OPTION} {path}: not together with --moe-shared-experts, they would come on top")
+
+
+def _tensors(model: nn.Module) -> Dict[str, Tensor]:
+    """All that a state dict of this worker would hold, the tensors themselves."""
+    tensors: Dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor
+    return tensors
+
+
+def upcycle(model: nn.Module, path: str) -> None:
+    """Load a dense checkpoint of the same shape into *model*, whose decoder has MoE layers.
+
+    1. Every expert of a MoE layer becomes a copy of the dense layer's feed-forward; the router stays as it was drawn.
+    2. Everything else is loaded as it is.
+
+    Gates that sum to 1 then make the model compute what the dense one computes, for every k.
+
+    Raises:
+        UserError (a ValueError): no such file, or a checkpoint whose tensors do not fit, the first of which is named.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{OPTION} {path}: no such file")
+    dense: Dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(path)["model"]
+    if any(".moe." in name for name in dense):
+        raise UserError(f"{OPTION} {path}: has experts already, give a dense model's checkpoint")
+    wanted = _tensors(model)
+    found: Dict[str, Tensor] = {}
+    for name, value in wanted.items():
+        source = re.sub(r"\.moe\.experts\.(weight|bias)([12])$", r".fc\2.\1", name)
+        if source != name and source in dense:
+            # nn.Linear holds the transpose
+            one = dense[source].t() if source.endswith("weight") else dense[source]
+            found[name] = one.expand(len(value), *one.shape)
+        elif ".moe." in name:
+            found[name] = value
+        elif name in dense:
+            found[name] = dense[name]
+        elif value.numel() <= 3 and name.endswith(("version", "_float_tensor")):
+            found[name] = value
+        else:
+            raise UserError(f"{OPTION} {path}: has no {source}, it is of another architecture")
+        if found[name].shape != value.shape:
+            shapes = f"{tuple(dense[source].shape)} there, {tuple(value.shape)} for {name} here"
+            raise UserError(f"{OPTION} {path}: {source} is of another size, {shapes}")
+    extra = {name for name in dense if name not in wanted and not re.search(r"\.fc[12]\.(weight|bias)$", name)}
+    extra = {name for name in extra if not name.endswith(("version", "_float_tensor"))}
+    if extra:
+        raise UserError(f"{OPTION} {path}: has {min(extra)}, which this model lacks")
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(found[name])
+    logger.info(f"every expert starts as a copy of the feed-forward of {path}")

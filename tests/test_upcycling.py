@@ -1,0 +1,73 @@
+"""An upcycled model computes what the dense one computes."""
+
+import pytest
+import torch
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from fairseq_hyperrouter import UserError, upcycling
+from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
+from tests.tiny import ADAPTIVE, DECODER_ROUTERS, tiny_model, tiny_sample
+
+GATES_SUM_TO_1 = [name for name in DECODER_ROUTERS if name not in ("switch", "base", "stable", "relu")]
+
+
+@pytest.fixture(autouse=True)
+def plain_files(monkeypatch):
+    monkeypatch.setattr(upcycling.checkpoint_utils, "load_checkpoint_to_cpu", torch.load)
+
+
+def saved_dense(folder, **options):
+    """A stock model and its checkpoint, as far as upcycling reads it."""
+    model = tiny_model(TransformerLanguageModel, rng_seed=3, **options)
+    torch.save({"model": model.state_dict()}, folder / "dense.pt")
+    return model.eval(), str(folder / "dense.pt")
+
+
+@pytest.mark.parametrize("router", GATES_SUM_TO_1)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_same_outputs(tmp_path, router, top_k):
+    dense, path = saved_dense(tmp_path)
+    sparse = tiny_model(moe_router=router, moe_eval_top_k=top_k, moe_layers="1").eval()
+    upcycle(sparse, path)
+    tokens = tiny_sample((9, 9))["net_input"]  # experts compute no padding
+    torch.testing.assert_close(sparse(**tokens)[0], dense(**tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_adaptive_inputs_and_adapter(tmp_path):
+    dense, path = saved_dense(tmp_path, **ADAPTIVE)
+    sparse = tiny_model(moe_adapter_dim=3, **ADAPTIVE).eval()
+    upcycle(sparse, path)
+    tokens = tiny_sample((9, 9))["net_input"]  # experts compute no padding
+    torch.testing.assert_close(sparse(**tokens)[0], dense(**tokens)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"decoder_layers": 3}, "has no decoder.layers.2.*, it is of another architecture"),
+        ({"decoder_layers": 1}, "has decoder.layers.1.*, which this model lacks"),
+        ({"moe_ffn_embed_dim": 5}, "decoder.layers.0.fc1.weight is of another size"),
+        ({"moe_layers": "1", "decoder_ffn_embed_dim": 5}, "is of another size"),
+    ],
+)
+def test_another_model(tmp_path, options, message):
+    _, path = saved_dense(tmp_path)
+    with pytest.raises(UserError, match=f"--moe-upcycle-from .*: .*{message}"):
+        upcycle(tiny_model(**options), path)
+
+
+def test_mistakes(tmp_path):
+    sparse = tiny_model()
+    with pytest.raises(UserError, match="--moe-upcycle-from nowhere: no such file"):
+        upcycle(sparse, "nowhere")
+    torch.save({"model": sparse.state_dict()}, tmp_path / "sparse.pt")
+    with pytest.raises(UserError, match="has experts already"):
+        upcycle(sparse, str(tmp_path / "sparse.pt"))
+    for options, message in (
+        ({"moe_router": "base"}, "needs gates that sum to 1"),
+        ({"moe_gate_softmax": "all"}, "needs gates that sum to 1"),
+        ({"moe_shared_experts": 1}, "not together with --moe-shared-experts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_upcycling(MoEConfig(moe_upcycle_from="x.pt", **options))
