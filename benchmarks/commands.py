@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import Dict, List
 
 USER_DIR = Path(__file__).parents[1] / "fairseq_hyperrouter"
 WIDTH, HIDDEN, EXPERTS, LAYERS = 256, 512, 16, 4
@@ -27,12 +27,16 @@ def experts(router: str, k: int) -> List[str]:
     ]
 
 
+def one_thread() -> Dict[str, str]:
+    """The environment of a command that is timed."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def cpu_seconds(arguments: List[str]) -> float:
     """Of one fairseq-train, in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.train", *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "fairseq_cli.train", *arguments], env=one_thread(), capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])

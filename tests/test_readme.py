@@ -30,7 +30,7 @@ def test_every_option_is_listed_with_its_default_and_help(field):
 
 
 def test_no_option_is_listed_that_does_not_exist():
-    listed = set(re.findall(r"^\| `--([a-z-]+)` \|", README, flags=re.MULTILINE))
+    listed = set(re.findall(r"^\| `--([a-z0-9-]+)` \|", README, flags=re.MULTILINE))
     assert listed == {field.name.replace("_", "-") for field in options()}
 
 

@@ -17,8 +17,8 @@ class ModelCost(NamedTuple):
     frozen_parameters: int
     """Frozen routers and hypernetworks."""
     active_parameters: int
-    """Those that a token's forward pass uses: k experts per MoE layer, the router's E (D + 1) weights in the
-    place of what generates them, and all that is not MoE (the whole embedding table counts)."""
+    """Those that a token's forward pass uses: k experts per MoE layer, what the router reads at inference in the
+    place of what it is trained with, and all that is not MoE (the whole embedding table counts)."""
     flops_per_token: float
     """Of the forward pass, two per multiply-add: every matrix product of the decoder, its attention over half
     the context on average, and the output layer; not the input embedding."""
@@ -38,8 +38,10 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
         expert_parameters = sum(p.numel() for p in experts.parameters()) // len(experts.local_experts)
         expert_products = (experts.weight1.numel() + experts.weight2.numel()) // len(experts.local_experts)
         active -= expert_parameters * (experts.num_experts - top_k)
-        active += router.num_experts * (router.embed_dim + 1) - sum(p.numel() for p in router.parameters())
-        flops += 2 * (router.num_experts * router.embed_dim + top_k * expert_products)
+        active += router.inference_parameters() - sum(p.numel() for p in router.parameters())
+        flops += router.flops() + 2 * top_k * expert_products
+        if layer.adapter is not None:
+            flops += 2 * (layer.adapter.down.numel() + layer.adapter.up.numel())
     looked_up = set(model.decoder.embed_tokens.modules())
     for module in model.modules():
         if isinstance(module, (nn.Linear, TiedLinear)) and module not in looked_up:

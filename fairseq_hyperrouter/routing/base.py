@@ -19,6 +19,7 @@ class BaseRouter(LinearRouter):
     """
 
     trains_with = 1
+    selects_by_logits = False
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)

@@ -48,6 +48,12 @@ class CosineRouter(Router):
         self.expert_embedding.normal_(generator=generator)
         self.temperature.fill_(INITIAL_TEMPERATURE)
 
+    def inference_parameters(self) -> int:
+        return self.projection.numel() + self.expert_embedding.numel() + 1
+
+    def flops(self) -> int:
+        return 2 * (self.projection.numel() + self.expert_embedding.numel())
+
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
         tokens = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1)
         experts = F.normalize(self.expert_embedding.to(x.dtype), dim=-1)

@@ -24,6 +24,7 @@ class ExpertChoiceRouter(LinearRouter):
     """
 
     looks_ahead = True
+    selects_by_logits = False
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)

@@ -27,6 +27,7 @@ class HashRouter(Router):
     """
 
     needs_token_ids = True
+    selects_by_logits = False
 
     def __init__(self, embed_dim: int, num_experts: int, *, vocabulary: int, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
@@ -52,6 +53,12 @@ class HashRouter(Router):
         squares = permutations().gather(1, (shifted % num_experts).flatten(1)).view(-1, num_experts)
         symbols = torch.randperm(vocabulary, generator=generator)
         self.table[symbols.to(self.table.device)] = squares[:vocabulary].to(self.table)
+
+    def inference_parameters(self) -> int:
+        return 0
+
+    def flops(self) -> int:
+        return 0
 
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:
         order = self.table[context.token_ids].long()

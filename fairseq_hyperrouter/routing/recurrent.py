@@ -71,6 +71,13 @@ class RecurrentRouter(Router):
         self.weight.normal_(0.0, self.init_std, generator=generator)
         self.bias.zero_()
 
+    def inference_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self) -> int:
+        matrices = (self.projection, self.cell.weight_ih, self.cell.weight_hh, self.weight)
+        return 2 * sum(matrix.numel() for matrix in matrices)
+
     def _state(self, x: Tensor, context: RoutingContext) -> Tensor:
         u = F.linear(x, self.projection.to(x.dtype))
         before = torch.zeros_like(u) if context.state is None else context.state.to(u.dtype)

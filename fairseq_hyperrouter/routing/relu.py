@@ -26,6 +26,7 @@ class ReluRouter(LinearRouter):
     """
 
     learns_from_load = True
+    selects_by_logits = False
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = START, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)

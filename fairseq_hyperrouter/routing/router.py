@@ -103,7 +103,8 @@ class Router(InferenceCache, ABC):
 
     Class attributes say what a method cannot do without: ``trains_with`` the only K it can be trained with,
     ``needs_token_ids``, ``needs_experts`` (``RoutingContext.experts``), ``hands_on_state``, ``looks_ahead`` (the choice
-    for a token depends on later ones, so not in a causal decoder), ``learns_from_load`` (``after_update``).
+    for a token depends on later ones, so not in a causal decoder), ``learns_from_load`` (``after_update``);
+    ``selects_by_logits`` says that ``select`` is all there is to the choice, so that loss-free balancing can move it.
 
     Raises:
         UserError (a ValueError): a size that is not positive, an unknown ``gate_softmax``, a negative rate or jitter.
@@ -115,6 +116,7 @@ class Router(InferenceCache, ABC):
     hands_on_state = False
     looks_ahead = False
     learns_from_load = False
+    selects_by_logits = True
 
     def __init__(
         self,
@@ -142,6 +144,8 @@ class Router(InferenceCache, ABC):
         self.jitter = jitter
         self.loss_free_rate = loss_free_rate
         if loss_free_rate:
+            if not self.selects_by_logits:
+                raise UserError(f"--moe-loss-free-rate {loss_free_rate}: {type(self).__name__} selects in its own way")
             self.learns_from_load = True
             # whole numbers: a half precision model would lose steps of 0.001
             self.register_buffer("balancing_steps", torch.zeros(num_experts, dtype=torch.long))
@@ -159,6 +163,14 @@ class Router(InferenceCache, ABC):
             "jitter": config.moe_router_jitter,
             "loss_free_rate": config.moe_loss_free_rate,
         }
+
+    def inference_parameters(self) -> int:
+        """How many numbers one token's routing reads at inference: W and b, unless a method says otherwise."""
+        return self.num_experts * (self.embed_dim + 1)
+
+    def flops(self) -> int:
+        """Floating point operations of one token's routing at inference, two per multiply-add of a matrix product."""
+        return 2 * self.num_experts * self.embed_dim
 
     @abstractmethod
     def logits(self, x: Tensor, context: RoutingContext) -> Tensor:

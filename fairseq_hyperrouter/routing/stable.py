@@ -30,6 +30,7 @@ class StableRouter(LinearRouter):
     """
 
     trains_with = 1
+    selects_by_logits = False
     needs_token_ids = True
 
     def __init__(
@@ -73,6 +74,12 @@ class StableRouter(LinearRouter):
             self.words.normal_(0.0, 0.1, generator=generator)
             self.experts.normal_(0.0, 0.1, generator=generator)
             self.is_frozen.fill_(False)
+
+    def inference_parameters(self) -> int:
+        return super().inference_parameters() + self.experts.numel() + self.words.size(1)
+
+    def flops(self) -> int:
+        return super().flops() + 2 * self.experts.numel()
 
     @torch.no_grad()
     def _freeze(self) -> None:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_hyperrouter import LinearRouter, Router, RoutingContext, UserError, register_router
-from fairseq_hyperrouter.routing import ROUTERS
+from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.routing import ROUTERS, Place
 from tests import reference
 
 PAPER = ("hyperrouter", "smoe", "smoe-dropout")
@@ -172,3 +173,10 @@ def test_threshold(gate_softmax):
         wanted = logits.softmax(-1) if gate_softmax == "selected" else probability[token, index[kept]]
         torch.testing.assert_close(gate[kept], wanted)
     assert 40 < routing.kept.sum() < 160
+
+
+@pytest.mark.parametrize("name", ["hash", "base", "stable", "relu", "expert-choice"])
+def test_loss_free_balancing_is_refused_where_it_would_do_nothing(name):
+    config = MoEConfig(moe_router=name, moe_expert_count=4, moe_loss_free_rate=0.1)
+    with pytest.raises(UserError, match=r"--moe-loss-free-rate 0.1: \w+ selects in its own way"):
+        ROUTERS[name].from_config(config, Place(8, vocabulary=10, updates=10))
