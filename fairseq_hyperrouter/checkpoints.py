@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
+from torch import Tensor, nn
 
 from .config import MoEConfig
 from .errors import UserError
+from .experts import ExpertBank
 
 logger = logging.getLogger(__name__)
 
@@ -165,3 +167,24 @@ def _router_kind(state: Dict[str, Any]) -> str:
     if "embedding" in leaves:
         return "hyperrouter"
     return "smoe or smoe-dropout" if "weight" in leaves else "none"
+
+
+def saved_tensors(model: nn.Module) -> Dict[str, Tensor]:
+    """All that a state dict of this worker would hold, the tensors themselves."""
+    tensors: Dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor
+    return tensors
+
+
+def whole_tensors(model: nn.Module) -> Dict[str, Tensor]:
+    """All that a checkpoint of *model* holds; experts that are divided over workers without their values."""
+    tensors = saved_tensors(model)
+    for prefix, module in model.named_modules():
+        if isinstance(module, ExpertBank):
+            for name, held in module.named_parameters():
+                tensors[f"{prefix}.{name}"] = torch.empty(module.num_experts, *held.shape[1:], device="meta")
+    return tensors

@@ -90,7 +90,7 @@ def _explain_stock(error: BaseException) -> Optional[str]:
             return f"{text}; data folders are made by fairseq-preprocess"
         hint = "; DATA must be a folder made by fairseq-preprocess" if str(error.filename).endswith("dict.txt") else ""
         return f"no such file: {error.filename}{hint}"
-    if (isinstance(error, NameError) and error.name == "xm") or getattr(error, "name", None) == "torch_xla":
+    if getattr(error, "name", None) in ("xm", "xrt_world_size", "torch_xla"):
         return (
             "--bf16: with several workers stock fairseq-train takes it for a TPU; "
             "use fairseq-hydra-train with common.bf16=true"

@@ -31,6 +31,8 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
         cfg: the whole config.
     """
     workers = number_of_workers()
+    if cfg.model.moe_layers == "none":
+        raise UserError(f"{OPTION} {size}: with --moe-layers none there are no experts to divide")
     if workers % size:
         raise UserError(f"{OPTION} {size}: this training has {workers} workers, must be a multiple")
     training, common = cfg.distributed_training, cfg.common

@@ -13,7 +13,7 @@ from typing import IO, List, Optional, Sequence
 
 from .errors import UserError
 
-PATIENCE = 60.0
+PATIENCE = 15.0
 """Seconds that workers get to end by themselves after one of them has ended badly."""
 
 
@@ -31,14 +31,22 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
     """
     if workers < 1:
         raise UserError(f"launch {workers}: must be at least 1 worker")
-    shared = worker_options(workers, free_port())
+    command = list(command[1:] if command[0] == "--" else command)
+    for option in command:
+        if option.startswith("--distributed"):
+            raise UserError(f"launch: gives {option.partition('=')[0]} itself, leave it out")
+    shared = worker_options(workers, free_port(), hydra="hydra" in command[0])
+    if any(option.partition("=")[0] == "--ddp-backend" for option in command):
+        at = shared.index("--ddp-backend")
+        del shared[at : at + 2]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
     with ExitStack() as stack:
         logs: List[IO[str]] = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, workers)]
         processes: List[subprocess.Popen] = []
+        before = signal.signal(signal.SIGTERM, _end)
         try:
             for rank, log in enumerate([None, *logs]):
-                arguments = [_program(command[0]), *command[1:], *shared, "--distributed-rank", str(rank)]
+                arguments = [_program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in command[0])]
                 processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
             first = _first_failure(processes)
             if first is None:
@@ -47,10 +55,28 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
             return _report(first, processes, logs)
         finally:
             _stop(processes)
+            signal.signal(signal.SIGTERM, before)
 
 
-def worker_options(workers: int, port: int) -> List[str]:
-    """fairseq's options for each of *workers* on this machine's CPUs, but its ``--distributed-rank``."""
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)  # and so stop the workers
+
+
+def _rank(rank: int, hydra: bool) -> List[str]:
+    return [f"distributed_training.distributed_rank={rank}"] if hydra else ["--distributed-rank", str(rank)]
+
+
+def worker_options(workers: int, port: int, hydra: bool = False) -> List[str]:
+    """fairseq's options for each of *workers* on this machine's CPUs, but its rank; *hydra* for fairseq-hydra-train."""
+    if hydra:
+        settings = {
+            "distributed_world_size": workers,
+            "distributed_no_spawn": "true",
+            "distributed_backend": "gloo",
+            "ddp_backend": "legacy_ddp",
+            "distributed_init_method": f"'tcp://127.0.0.1:{port}'",
+        }
+        return ["common.cpu=true", *(f"distributed_training.{name}={value}" for name, value in settings.items())]
     return [
         *("--cpu", "--distributed-world-size", str(workers), "--distributed-no-spawn"),
         *("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"),

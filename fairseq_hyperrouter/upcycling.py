@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
+from .checkpoints import saved_tensors
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,6 @@ def check_upcycling(moe: Any) -> None:
         raise UserError(f"{OPTION} {path}: needs gates that sum to 1, give {gates}")
     if moe.moe_shared_experts:
         raise UserError(f"{OPTION} {path}: not together with --moe-shared-experts, they would come on top")
-
-
-def _tensors(model: nn.Module) -> Dict[str, Tensor]:
-    """All that a state dict of this worker would hold, the tensors themselves."""
-    tensors: Dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                tensors[f"{prefix}.{name}" if prefix else name] = tensor
-    return tensors
 
 
 def upcycle(model: nn.Module, path: str) -> None:
@@ -52,7 +42,7 @@ def upcycle(model: nn.Module, path: str) -> None:
     dense: Dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(path)["model"]
     if any(".moe." in name for name in dense):
         raise UserError(f"{OPTION} {path}: has experts already, give a dense model's checkpoint")
-    wanted = _tensors(model)
+    wanted = saved_tensors(model)
     found: Dict[str, Tensor] = {}
     for name, value in wanted.items():
         source = re.sub(r"\.moe\.experts\.(weight|bias)([12])$", r".fc\2.\1", name)

@@ -14,7 +14,7 @@ def cfg(monkeypatch):
     """The config of a training on 4 workers."""
     monkeypatch.setattr(distributed_options, "number_of_workers", lambda: 4)
     cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig)))
-    cfg.model = {"decoder_layerdrop": 0.0}
+    cfg.model = {"decoder_layerdrop": 0.0, "moe_layers": None}
     cfg.distributed_training.ddp_backend = "legacy_ddp"
     return cfg
 
@@ -47,6 +47,7 @@ def test_what_works(cfg):
         ("common.fp16", True, "--fp16: not together with --moe-expert-parallel-size 2: add --memory-efficient-fp16 or"),
         ("common.amp", True, "--amp: not together with"),
         ("checkpoint.no_save_optimizer_state", True, "--no-save-optimizer-state: not together with"),
+        ("model.moe_layers", "none", "--moe-expert-parallel-size 2: with --moe-layers none there are no experts"),
         ("model.decoder_layerdrop", 0.1, "--decoder-layerdrop 0.1: not together with"),
     ],
 )

@@ -49,7 +49,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
         if self.training and reduce and routings:
-            auxiliary = auxiliary_loss(routings, logging_output["moe_load"], self.cfg)
+            counts = not sample.get("is_dummy", False)
+            auxiliary = auxiliary_loss(routings, logging_output["moe_load"] * counts, self.cfg)
             loss = loss if auxiliary is None else loss + sample_size * auxiliary
         return loss, sample_size, logging_output
 

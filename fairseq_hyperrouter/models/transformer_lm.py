@@ -18,7 +18,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import check_readable, restored_checkpoint, shape_difference
+from fairseq_hyperrouter.checkpoints import check_readable, restored_checkpoint, shape_difference, whole_tensors
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
@@ -55,8 +55,11 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
         check_model_options(args, len(task.source_dictionary))
-        is_training = running_command() in TRAINING_COMMANDS
-        if is_training and not hasattr(task, "valid_top_k"):  # a stock task
+        if hasattr(task, "builds_for_training"):
+            is_training = task.builds_for_training
+        else:  # a stock task does not say
+            is_training = running_command() in TRAINING_COMMANDS
+        if is_training and not hasattr(task, "valid_top_k"):
             check_training(args._get_parent())
         moe = HyperRouterLanguageModelConfig.from_namespace(args)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
@@ -114,7 +117,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             if not str(error).startswith("Error(s) in loading"):
                 raise
             _, *problems = str(error).splitlines()
-            difference = shape_difference(state_dict, self.state_dict()) or problems[0].strip()
+            difference = shape_difference(state_dict, whole_tensors(self)) or problems[0].strip()
             raise WrongCheckpoint(f"is of another model, {len(problems)} tensors differ: {difference}") from None
 
     def prepare_for_inference_(self, cfg: Any) -> None:

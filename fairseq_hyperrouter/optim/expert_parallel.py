@@ -40,12 +40,15 @@ class ExpertParallelOptimizer(FairseqOptimizer):
     def build_optimizer(cls, cfg: Any, params: Any, **kwargs: Any) -> FairseqOptimizer:
         if not OmegaConf.is_config(cfg) or "wrapped" not in cfg:
             raise UserError(f"--optimizer {NAME}: is what --moe-expert-parallel-size makes of another, name that one")
+        refusal = UserError(
+            f"--optimizer {cfg.wrapped._name}: not together with --moe-expert-parallel-size, it would look at each "
+            "worker's experts alone; choose from adam, sgd, nag, adamax, adadelta"
+        )
+        if cfg.wrapped._name in ("composite", "lamb"):  # some cannot even be built without more
+            raise refusal
         optimizer = optim.build_optimizer(cfg.wrapped, params, **kwargs)
-        if not optimizer.supports_flat_params or cfg.wrapped._name == "composite":
-            raise UserError(
-                f"--optimizer {cfg.wrapped._name}: not together with --moe-expert-parallel-size, it would look at each "
-                "worker's experts alone; choose from adam, sgd, nag, adamax, adadelta"
-            )
+        if not optimizer.supports_flat_params:
+            raise refusal
         kind = type(optimizer)
         # The same name: a checkpoint can be resumed only with an optimizer of the name that it was made with.
         optimizer.__class__ = type(kind.__name__, (_DividedExperts, kind), {})
@@ -93,7 +96,7 @@ class _DividedExperts:
         self._gathered = {
             number: {
                 name: gather_experts(moment, self.parallel)
-                for name, moment in self.optimizer.state[parameter].items()
+                for name, moment in self.optimizer.state.get(parameter, {}).items()
                 if torch.is_tensor(moment) and moment.shape == parameter.shape
             }
             for number, parameter in self._experts().items()

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from fairseq import utils
 from fairseq.logging import metrics
@@ -61,6 +61,8 @@ class HyperRouterTask(LanguageModelingTask):
         if args.token_unit not in TOKEN_UNITS:
             raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
         self.update_load = UpdateLoad()
+        self.update_freq: Sequence[int] = (1,)
+        self.builds_for_training = False
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
 
     @classmethod
@@ -80,7 +82,9 @@ class HyperRouterTask(LanguageModelingTask):
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
-        if cfg is not None and not from_checkpoint:
+        self.builds_for_training = cfg is not None and not from_checkpoint
+        if self.builds_for_training:
+            self.update_freq = tuple(cfg.optimization.update_freq)
             check_training(cfg, self.valid_top_k)
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
@@ -101,7 +105,7 @@ class HyperRouterTask(LanguageModelingTask):
         return False
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatches:
-        return EpochBatches.like(super().get_batch_iterator(*args, **kwargs))
+        return EpochBatches.like(super().get_batch_iterator(*args, **kwargs), self.update_freq)
 
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Stock; but several workers of fairseq-eval-lm, which adds up nothing over them, each evaluate the whole set.
@@ -136,11 +140,14 @@ class HyperRouterTask(LanguageModelingTask):
         **kwargs: Any,
     ) -> Tuple[Any, Any, Dict[str, Any]]:
         loss, sample_size, logging_output = super().train_step(
-            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            {**sample, "is_dummy": ignore_grad}, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
         logging_output["ncharacters"] = self._count_characters(sample)
+        if ignore_grad:  # in the place of a batch that another worker has more; the trainer would count its tokens
+            sample_size = sample_size * 0
+            logging_output = {name: value * 0 for name, value in logging_output.items()}
         if "moe_load" in logging_output:
-            self.update_load.add(logging_output, update_num, counts=not ignore_grad)
+            self.update_load.add(logging_output, update_num)
         return loss, sample_size, logging_output
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:

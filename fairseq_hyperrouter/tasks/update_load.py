@@ -20,12 +20,11 @@ class UpdateLoad:
         self._update = -1
         self._sums: Optional[Tensor] = None
 
-    def add(self, logging_output: Dict[str, Any], update: int, counts: bool) -> None:
-        """Add a micro-batch of *update*; one that does not count only takes part in the sum over workers."""
+    def add(self, logging_output: Dict[str, Any], update: int) -> None:
+        """Add a micro-batch of *update*."""
         if update != self._update or self._sums is None:
             self._update, self._sums = update, None
         sums = torch.cat([logging_output["moe_load"], logging_output["moe_tokens"][:, None]], dim=1)
-        sums = sums if counts else torch.zeros_like(sums)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def tell(self, model: Any) -> None:

@@ -139,3 +139,40 @@ def test_every_worker_evaluates_the_whole_set(preloaded, data, saved):
         losses.add(re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", result.log)[0])
     assert "every worker evaluates the whole set" in result.log
     assert len(losses) == 1
+
+
+@pytest.mark.parametrize("balance", ["local", "global"])
+def test_the_end_of_an_epoch_that_does_not_divide_evenly(preloaded, data, tmp_path, balance):
+    """15 batches: one worker has a real batch and then none where the other has two. Against one process."""
+    options = [*SGD, "--tokens-per-sample", "512", "--required-batch-size-multiple", "1", "--max-epoch", "1"]
+    options += ["--moe-router", "smoe", "--clip-norm", "0", "--moe-balance-batch", balance]
+    micro_batches = 4 if balance == "local" else 1
+    if (
+        balance == "global"
+    ):  # is that of one process with all in one micro-batch; unshuffled, these hold the same samples
+        options += ["--curriculum", "5", "--moe-gate-loss-wt", "0.1"]
+    losses = []
+    for workers, size in ((1, 1), (2, 1), (2, 2)):
+        per_worker = micro_batches // workers if micro_batches > 1 else 1
+        batch_size = 7 if micro_batches > 1 else 14 // workers
+        chosen = [*options, "--update-freq", per_worker, "--moe-expert-parallel-size", size]
+        arguments = train_arguments(data, tmp_path / f"{workers}{size}", *chosen, batch_size=batch_size)
+        losses.append(preloaded.run_workers(workers, "fairseq-train", *arguments)[0].losses())
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) > 2
+    models = [load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("11", "21", "22")]
+    assert_same_model(models[1], models[0], rtol=1e-5)
+    assert_same_model(models[2], models[0], rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_named_for_divided_experts(preloaded, data, saved):
+    arguments = train_arguments(data, None, "--moe-expert-parallel-size", 2, "--max-update", 1)
+    options = [
+        "--finetune-from-model",
+        saved[1] / "checkpoint_last.pt",
+        "--moe-router",
+        "smoe",
+        "--decoder-learned-pos",
+    ]
+    process, _ = preloaded.start_workers(2, "fairseq-train", *arguments, *options)
+    result = preloaded.wait(process)
+    assert result.code == 1 and "is of another model" in result.last_line and "embed_positions" in result.last_line

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from tests.commands import BIN, environment, load, run, train_arguments
+from tests.commands import BIN, environment, hydra_arguments, load, run, train_arguments
 
 OPTIONS = ["--moe-expert-parallel-size", "2", "--save-interval-updates", "1", "--keep-interval-updates", "2"]
 TIMES = 20
@@ -90,6 +90,35 @@ def test_the_launcher_says_who_ended(launched):
     assert rest.strip().splitlines()[-1] == "worker 1 of 2 ended first, with signal 9 (SIGKILL)"
 
 
+def test_nothing_stays_behind_when_the_launcher_is_ended(launched):
+    process = launched(*OPTIONS, "--max-update", "100000")
+    log = ""
+    while '"num_updates": "2"' not in log:
+        log += process.stdout.readline()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+def test_the_launcher_keeps_the_users_backend(launched):
+    log, _ = launched("--ddp-backend", "slowmo", "--max-update", "1").communicate(timeout=120)
+    assert "--ddp-backend slowmo: nobody has tried it with experts" in log
+
+
+def test_bfloat16_on_two_workers_through_hydra(data, tmp_path):
+    """fairseq-train takes --bf16 on several workers for a TPU, and says what does not."""
+    settings = {"common.bf16": "true", "checkpoint.save_dir": tmp_path, "optimization.max_update": 2}
+    arguments = hydra_arguments(data, **settings, **{"+model.moe_expert_parallel_size": 2})
+    result = run("fairseq-hyperrouter", "launch", "2", "fairseq-hydra-train", *arguments, cwd=tmp_path)
+    assert "training on 2 devices" in result.log
+    assert (tmp_path / "checkpoint_last.pt").exists()
+    arguments = train_arguments(data, None, "--bf16", "--max-update", "1")
+    refused = run("fairseq-hyperrouter", "launch", "2", "fairseq-train", *arguments, check=False)
+    assert "use fairseq-hydra-train with common.bf16=true" in refused.log and "Traceback" not in refused.log
+
+
 def test_the_launcher_shows_a_mistake(launched):
     process = launched("--moe-expert-parallel-size", "4")
     log, _ = process.communicate(timeout=120)
@@ -103,6 +132,8 @@ def test_the_launcher_shows_a_mistake(launched):
     [
         (["0", "fairseq-train"], "launch 0: must be at least 1 worker"),
         (["2"], "launch: needs a command, as in fairseq-train DATA ..."),
+        (["2", "fairseq-train", "--distributed-rank", "1"], "launch: gives --distributed-rank itself, leave it out"),
+        (["2", "--", "fairseq-trian"], "launch fairseq-trian: no such command beside"),
         (["2", "fairseq-trian"], "launch fairseq-trian: no such command beside"),
     ],
 )

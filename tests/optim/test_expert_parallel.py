@@ -149,7 +149,7 @@ def test_the_crash_path_does_not_hang(preloaded, tmp_path):
 
 
 def refused(_):
-    for name in ("adafactor", "adagrad"):
+    for name in ("adafactor", "adagrad", "composite", "lamb"):
         cfg, model = config(name), Model(size=1)
         divide_experts(cfg, model)
         with pytest.raises(UserError, match=f"--optimizer {name}: not together with --moe-expert-parallel-size"):

@@ -46,6 +46,16 @@ def test_a_place_that_another_number_does_not_divide():
     assert set(first + rest) == set(range(12)) and len(first + rest) == 14
 
 
+def test_an_empty_batch_comes_first_in_its_update():
+    """11 batches for 2 workers: the second has 5 and an empty one, of which the last two are one update."""
+    for update_freq, place in (((1,), 5), ((2,), 4), ((4,), 4), ((3,), 3), ((1, 6), 0)):
+        stock = batches(2, 1, total=11)
+        epoch = len(update_freq)
+        order = EpochBatches.like(stock, update_freq).ordered_batches(epoch, False, shuffle=False)
+        assert [len(batch) for batch in order].index(0) == place
+        assert sorted(number for batch in order for number in batch) == [1, 3, 5, 7, 9]
+
+
 def test_a_checkpoint_of_the_stock_task():
     iterator = batches(2, 0)
     iterator.load_state_dict({"version": 2, "epoch": 3, "iterations_in_epoch": 2, "shuffle": True})
