@@ -28,7 +28,7 @@ BACKENDS: Dict[str, Backend] = {
     "loop": expert_loop,
 }
 AUTO = "auto"
-LARGE_WEIGHT = 2**19  # elements; no longer in a core's own cache
+ENOUGH, PACKED = 2**22, 2**15
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 
 
@@ -62,16 +62,15 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inferenc
 
 
 def _fastest_on_cpu(x: Tensor, dispatch: Dispatch, weight1: Tensor, for_inference: bool, can_group: bool) -> str:
-    onednn = x.dtype == torch.float32 and onednn_is_faster()
     assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
-    if onednn and for_inference:
-        # Weights that are laid out for oneDNN pay where reading them takes the time, or many rows share them.
-        enough = experts // 4 if weight1[0].numel() >= LARGE_WEIGHT else 2 * experts
-    else:
-        enough = 16 * experts
-    if assignments < enough and assignments >= experts // 4 and can_group and not torch.is_grad_enabled():
-        return "grouped"
-    return "onednn" if onednn and (assignments >= enough or not for_inference) else "runs"
+    if x.dtype == torch.float32 and onednn_is_faster():
+        # A call of oneDNN costs more than one of torch: it pays from so many multiply-adds per expert on. With packed
+        # weights the fewer are enough, the more of the time goes into reading the weights.
+        enough = ENOUGH * PACKED / weight1[0].numel() if for_inference else ENOUGH
+        if assignments * weight1[0].numel() >= enough * experts:
+            return "onednn"
+    few = experts // 4 <= assignments < 16 * experts
+    return "grouped" if few and can_group and not torch.is_grad_enabled() else "runs"
 
 
 _logged: Set[Tuple[str, str, torch.dtype]] = set()

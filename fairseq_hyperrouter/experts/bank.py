@@ -20,6 +20,9 @@ from .packed import expert_packed, pack
 from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden
 
+FEW_ROWS = 256
+"""Of an expert; with more, reading its weights is little of the work, and packing them not worth it."""
+
 
 class ExpertBank(InferenceCache):
     """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(x W1_i + b1_i)) + b2_i.
@@ -121,7 +124,8 @@ class ExpertBank(InferenceCache):
     def _compute_here(self, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         backend = choose(self.backend, x, dispatch, weights, self.for_inference)
-        if backend == "onednn" and self.for_inference:
+        few = dispatch.order.numel() <= FEW_ROWS * len(self.local_experts)
+        if backend == "onednn" and self.for_inference and few:
             return expert_packed(x, dispatch, gate, self.once(x.dtype, lambda: pack(weights)), hidden)
         return BACKENDS[backend](x, dispatch, gate, weights, hidden)
 

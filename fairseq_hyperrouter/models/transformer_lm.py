@@ -63,7 +63,8 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             check_training(args._get_parent())
         moe = HyperRouterLanguageModelConfig.from_namespace(args)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
-        if is_training and (moe.moe_loss_free_rate or ROUTERS[moe.moe_router].learns_from_load):
+        router = ROUTERS.get(moe.moe_router)  # one that does not exist is the decoder's to refuse
+        if is_training and (moe.moe_loss_free_rate or (router is not None and router.learns_from_load)):
             _check_tells_load(args, task)
         if divides:
             check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)

@@ -10,7 +10,9 @@ from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experts import ExpertBank, run_products
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM
+from fairseq_hyperrouter.experts.dispatch import order_by_expert
 from fairseq_hyperrouter.experts.products import BLOCK_ROWS
+from fairseq_hyperrouter.experts.weights import ExpertWeights
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -226,6 +228,7 @@ def test_grouped_needs_a_new_torch(monkeypatch):
 def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(backends, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(backends, "ENOUGH", 1)
     experts = ExpertBank(**SIZES)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -257,3 +260,30 @@ def test_packed_weights_are_forgotten_when_others_are_loaded():
             module(x, index, gate)
         experts.load_state_dict(others.state_dict())
         assert torch.equal(experts(x, index, gate), others(x, index, gate))
+
+
+@pytest.mark.parametrize(
+    "tokens, sizes, for_inference, name",
+    [
+        (8, (16, 32), False, "runs"),  # little work: a call of oneDNN costs more
+        (2048, (32, 64), False, "runs"),
+        (2048, (64, 128), False, "onednn"),
+        (8, (512, 1024), False, "runs"),
+        (8, (512, 1024), True, "onednn"),  # reading the weights is the work, and packed weights are read faster
+    ],
+)
+def test_onednn_where_there_is_enough_work(monkeypatch, tokens, sizes, for_inference, name):
+    monkeypatch.setattr(backends, "onednn_is_faster", lambda: True)
+    weights = ExpertWeights(*(torch.empty(8, *shape) for shape in (sizes, sizes[1:], sizes[::-1], sizes[:1])))
+    dispatch = order_by_expert(torch.zeros(tokens, 4, dtype=torch.long), 8)
+    assert backends.choose("auto", torch.empty(tokens, sizes[0]), dispatch, weights, for_inference) == name
+
+
+def test_many_rows_are_not_worth_packing(monkeypatch):
+    experts = bank("onednn", dtype=torch.float32).eval()
+    experts.make_generation_fast_()
+    for rows, packed in ((250, True), (300, False)):
+        experts.forget()
+        with torch.no_grad():
+            experts(torch.randn(3 * rows, 4), torch.zeros(3 * rows, 1, dtype=torch.long), torch.rand(3 * rows, 1))
+        assert bool(experts._computed) == packed
