@@ -243,7 +243,17 @@ class MoEConfig(FairseqDataclass):
         weight = self.moe_router_loss_wt
         if weight is not None and not 0 <= weight < math.inf:
             raise UserError(f"--moe-router-loss-wt {weight}: must be at least 0, and finite")
-        only = ROUTERS[self.moe_router].trains_with
+        router = ROUTERS[self.moe_router]
+        for name in ("moe_router_init_std", "moe_router_dim", "moe_router_loss_wt", "moe_stage1_updates"):
+            if getattr(self, name) is not None and name not in router.takes:
+                raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
+        if router.own_gates and self.moe_gate_softmax != "selected":
+            raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax}: {self.moe_router} has gates of its own")
+        if router.own_gates and self.moe_eval_threshold is not None:
+            raise UserError(f"--moe-eval-threshold {self.moe_eval_threshold}: {self.moe_router} has no probabilities")
+        if self.moe_similarity_wt and self.moe_top_k == 1 and self.moe_top_k_schedule == "constant":
+            raise UserError(f"--moe-similarity-wt {self.moe_similarity_wt}: with --moe-top-k 1 experts share no token")
+        only = router.trains_with
         if only is not None and (self.moe_top_k != only or self.moe_top_k_schedule != "constant"):
             raise UserError(
                 f"--moe-top-k {self.moe_top_k}: {self.moe_router} is trained with {only} expert per token, "

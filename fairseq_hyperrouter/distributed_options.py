@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError
+from .routing import ROUTERS
 
 OPTION = "--moe-expert-parallel-size"
 
@@ -19,6 +20,15 @@ def check_workers(cfg: Any) -> None:
     backend = cfg.distributed_training.ddp_backend
     if backend == "slowmo":
         raise UserError("--ddp-backend slowmo: nobody has tried it with experts; choose pytorch_ddp or legacy_ddp")
+    shares = getattr(ROUTERS.get(getattr(cfg.model, "moe_router", "")), "hands_on_state", False)
+    checkpoints = getattr(cfg.model, "checkpoint_activations", False) or getattr(
+        cfg.model, "offload_activations", False
+    )
+    if shares and checkpoints and number_of_workers() > 1 and backend in ("pytorch_ddp", "c10d"):
+        raise UserError(
+            f"--checkpoint-activations: with --moe-router {cfg.model.moe_router}, whose layers share parameters, and "
+            f"several workers give --ddp-backend legacy_ddp, not {backend}"
+        )
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and number_of_workers() > 1 and backend not in ("legacy_ddp", "no_c10d"):
         raise UserError(f"--ddp-backend {backend}: stock fairseq needs GPUs for it; on CPUs choose legacy_ddp")

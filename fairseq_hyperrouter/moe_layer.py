@@ -4,6 +4,7 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 """
 
 import math
+from functools import partial
 from typing import Callable, Optional, Tuple
 
 import torch
@@ -117,7 +118,9 @@ class MoELayer(nn.Module):
         if ids_T is None and self.router.needs_token_ids:
             raise UserError(f"token_ids None: {type(self.router).__name__} needs them")
         top_k = self.top_k if top_k is None else self._checked(top_k)
-        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, self._every_expert, threshold)
+        context = RoutingContext(
+            top_k, mask_T, ids_T, router_state, update, partial(self._every_expert, x_TD), threshold
+        )
         routing = self.router(x_TD, context)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)

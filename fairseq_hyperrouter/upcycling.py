@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoints import saved_tensors
 from .errors import UserError
+from .moe_layer import MoELayer
 
 logger = logging.getLogger(__name__)
 OPTION = "--moe-upcycle-from"
@@ -19,9 +20,6 @@ OPTION = "--moe-upcycle-from"
 def check_upcycling(moe: Any) -> None:
     """Raise a UserError for options with which the first output would not be the dense model's."""
     path = moe.moe_upcycle_from
-    if moe.moe_gate_softmax != "selected" or moe.moe_router in ("switch", "base", "stable", "relu"):
-        gates = "--moe-gate-softmax selected and another router"
-        raise UserError(f"{OPTION} {path}: needs gates that sum to 1, give {gates}")
     if moe.moe_shared_experts:
         raise UserError(f"{OPTION} {path}: not together with --moe-shared-experts, they would come on top")
 
@@ -40,6 +38,9 @@ def upcycle(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"{OPTION} {path}: no such file")
     dense: Dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(path)["model"]
+    if not all(layer.router.gates_sum_to_1 for layer in model.modules() if isinstance(layer, MoELayer)):
+        gates = "--moe-gate-softmax selected, and no router with gates of its own"
+        raise UserError(f"{OPTION} {path}: needs gates that sum to 1, give {gates}")
     if any(".moe." in name for name in dense):
         raise UserError(f"{OPTION} {path}: has experts already, give a dense model's checkpoint")
     wanted = saved_tensors(model)

@@ -64,10 +64,9 @@ def test_mistakes(tmp_path):
     torch.save({"model": sparse.state_dict()}, tmp_path / "sparse.pt")
     with pytest.raises(UserError, match="has experts already"):
         upcycle(sparse, str(tmp_path / "sparse.pt"))
-    for options, message in (
-        ({"moe_router": "base"}, "needs gates that sum to 1"),
-        ({"moe_gate_softmax": "all"}, "needs gates that sum to 1"),
-        ({"moe_shared_experts": 1}, "not together with --moe-shared-experts"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_upcycling(MoEConfig(moe_upcycle_from="x.pt", **options))
+    _, path = saved_dense(tmp_path)
+    for options in ({"moe_router": "base"}, {"moe_router": "switch"}, {"moe_gate_softmax": "all"}):
+        with pytest.raises(UserError, match="needs gates that sum to 1"):
+            upcycle(tiny_model(**options), path)
+    with pytest.raises(UserError, match="not together with --moe-shared-experts"):
+        check_upcycling(MoEConfig(moe_upcycle_from="x.pt", moe_shared_experts=1))

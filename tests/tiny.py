@@ -63,6 +63,10 @@ def tiny_model(model_class=HyperRouterLanguageModel, rng_seed=0, **options):
     """
     config = HyperRouterLanguageModelConfig()
     only = ROUTERS[options.get("moe_router", "hyperrouter")].trains_with
+    if "moe_router_init_std" not in ROUTERS[options.get("moe_router", "hyperrouter")].takes:
+        options.pop("moe_router_init_std", None)
+    if options.get("moe_router") == "stable":
+        options.setdefault("moe_stage1_updates", 5)
     for name, value in {**TINY, **({"moe_top_k": only} if only else {}), **options}.items():
         assert hasattr(config, name), name
         setattr(config, name, value)

@@ -18,7 +18,7 @@ class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
 class MoECrossEntropyCriterion(CrossEntropyCriterion):
-    """loss = cross entropy + moe_gate_loss_wt * balance loss + moe_z_loss_wt * z-loss.
+    """loss = cross entropy + the weighted auxiliary losses: balance, z, mutual information, and the routers' own.
 
     The logged loss, nll_loss and ppl are the cross entropy alone; the auxiliary part is only in what is
     differentiated. It is weighted like the tokens, so gradient accumulation and several workers average it.

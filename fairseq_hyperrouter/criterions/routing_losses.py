@@ -128,7 +128,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     )
     ran = tokens > 0  # (L,)
     num_layers = ran.sum().clamp(min=1)
-    assignments = load.sum(dim=-1)
+    assignments = load.sum(dim=-1).clamp(min=1)
 
     def log(name: str, per_layer: Tensor, digits: int) -> None:
         mean = per_layer.masked_fill(~ran, 0.0).sum() / num_layers

@@ -12,19 +12,28 @@ PAIRS, TOKENS, LEAST_TOKENS, THRESHOLD = 4, 128, 16, 0.5
 
 
 def cka(a: Tensor, b: Tensor) -> Tensor:
-    """Linear centred kernel alignment of (n, D) outputs (arXiv 1905.00414): 1 for equal ones, 0 for unrelated ones.
+    """Linear centred kernel alignment of (n, D) outputs (arXiv 1905.00414): 1 for equal ones, about 0 for unrelated.
 
-    ||A^T B||^2 / (||A^T A|| ||B^T B||), Frobenius norms, columns centred.
+    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), K = A A^T, L = B B^T, with the unbiased estimator of HSIC (Song et al.
+    2012): the usual one is near 1 for any two outputs where n is not much larger than D.
     """
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a.t() @ b).square().sum() / ((a.t() @ a).norm() * (b.t() @ b).norm()).clamp(min=1e-12)
+    k, ell = a @ a.t(), b @ b.t()
+    return _hsic(k, ell) / (_hsic(k, k) * _hsic(ell, ell)).clamp(min=1e-20).sqrt()
+
+
+def _hsic(k: Tensor, ell: Tensor) -> Tensor:
+    n = len(k)
+    off_diagonal = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
+    k, ell = k * off_diagonal, ell * off_diagonal
+    total = (k * ell).sum() + k.sum() * ell.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ ell.sum(0))
+    return total / (n * (n - 3))
 
 
 def similarity_penalty(x: Tensor, chosen: Tensor, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
     """The mean similarity of pairs of experts on the tokens that both have.
 
     1. Of the pairs that share at least 16 tokens, take the four that share most.
-    2. Run both experts on (at most 128 of) these tokens; CKA of the outputs.
+    2. Run both experts on these tokens, at most 128 of them; CKA of the outputs.
     3. The mean over the pairs of those above 0.5; 0 when there is none.
 
     Args:
@@ -39,7 +48,8 @@ def similarity_penalty(x: Tensor, chosen: Tensor, expert: Callable[[Tensor, int]
     for count, pair in zip(counts.tolist(), pairs.tolist()):
         if count >= LEAST_TOKENS:
             i, j = divmod(pair, shared.size(1))
-            rows = x[(chosen[:, i] & chosen[:, j]).nonzero().squeeze(1)[:TOKENS]]
+            both = (chosen[:, i] & chosen[:, j]).nonzero().squeeze(1)
+            rows = x[both[:: -(-len(both) // TOKENS)]]  # spread over the batch
             similarities.append(cka(expert(rows, i).float(), expert(rows, j).float()))
     if not similarities:
         return x.new_zeros((), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """How tokens choose experts; knows tensors only."""
 
-from .base import BaseRouter
+from .base_layers import BaseLayersRouter
 from .capacity import limit_capacity
 from .compete import CompeteRouter
 from .cosine import CosineRouter
@@ -19,7 +19,7 @@ from .stable import StableRouter
 from .switch import SwitchRouter
 
 __all__ = [
-    "BaseRouter",
+    "BaseLayersRouter",
     "CompeteRouter",
     "CosineRouter",
     "ExpertChoiceRouter",

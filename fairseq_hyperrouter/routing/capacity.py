@@ -26,7 +26,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
         expert_index_N = expert_index_N.masked_fill(~routing.kept.reshape(-1), num_experts)
         valid = routing.kept.sum()
     else:
-        valid = torch.tensor(num_assignments, device=expert_index_N.device)
+        valid = torch.full((), num_assignments, device=expert_index_N.device)
     # A little less, or 1.1 * 50 / 5 in binary would round up to 12.
     capacity = torch.ceil(capacity_factor * valid.double() / num_experts * (1 - 1e-9))
 

@@ -34,7 +34,7 @@ class CompeteRouter(LinearRouter):
     3. Otherwise, and always outside training: the K largest of z = x W^T + b.
     """
 
-    needs_experts = True
+    takes = ("moe_router_init_std", "moe_router_loss_wt", "moe_compete_rate", "moe_compete_version")
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class CompeteRouter(LinearRouter):
         if not (self.training and self.competes(context.update)):
             expert_index = self.select(logits, context.top_k)
             return Routing(logits, expert_index, self.gates(logits, expert_index))
-        outputs = context.experts(x).to(logits.dtype)  # (T, E, D)
+        outputs = context.experts().to(logits.dtype)  # (T, E, D)
         affinity = F.softplus(outputs).mean(-1) if self.version == "v2" else outputs.norm(dim=-1)
-        expert_index = affinity.topk(context.top_k, dim=-1).indices
+        expert_index = self.biased(affinity).topk(context.top_k, dim=-1).indices
         counts = torch.ones_like(logits[:, 0]) if context.padding_mask is None else (~context.padding_mask).to(logits)
         tokens = counts.sum().clamp(min=1)
         difference = logits.softmax(-1) - affinity.detach().softmax(-1)

@@ -29,6 +29,8 @@ class CosineRouter(Router):
     this is the paper's.
     """
 
+    takes = ("moe_router_dim",)
+
     def __init__(self, embed_dim: int, num_experts: int, *, dim: int = 16, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
         if dim < 1:

@@ -23,5 +23,5 @@ class GShardRouter(LinearRouter):
             return best_first
         first = best_first[:, :1]
         gumbel = -torch.empty_like(logits).exponential_().log()
-        rest = (logits + gumbel).scatter(1, first, -torch.inf)
+        rest = (self.biased(logits) + gumbel).scatter(1, first, -torch.inf)
         return torch.cat([first, rest.topk(top_k - 1, dim=-1).indices], dim=1)

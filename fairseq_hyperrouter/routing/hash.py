@@ -22,12 +22,13 @@ class HashRouter(Router):
        Latin square each.
     2. The experts of a token are the first K of its symbol's order; all gates are 1 / K.
 
-    The logits are 0 for the chosen and lower by the place for the rest, so that order and entropy can be read from them
-    as from any router's; they are constants.
+    The logits are minus the place in the order, 0 for the first: constants, so that the order can be read from them as
+    from any router's. Entropy and balance metrics made of them say nothing.
     """
 
     needs_token_ids = True
     selects_by_logits = False
+    own_gates = True
 
     def __init__(self, embed_dim: int, num_experts: int, *, vocabulary: int, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
@@ -53,6 +54,10 @@ class HashRouter(Router):
         squares = permutations().gather(1, (shifted % num_experts).flatten(1)).view(-1, num_experts)
         symbols = torch.randperm(vocabulary, generator=generator)
         self.table[symbols.to(self.table.device)] = squares[:vocabulary].to(self.table)
+
+    @property
+    def gates_sum_to_1(self) -> bool:
+        return True
 
     def inference_parameters(self) -> int:
         return 0

@@ -70,6 +70,8 @@ class HyperRouter(Router):
             hidden units is active and the router could never learn.
     """
 
+    takes = ("moe_router_init_std",)
+
     def __init__(
         self,
         embed_dim: int,

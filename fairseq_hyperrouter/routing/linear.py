@@ -15,6 +15,8 @@ DEFAULT_INIT_STD = 0.02
 class LinearRouter(Router):
     """SMoE: W (E, D) and b (E,) are trained; both start from N(0, init_std)."""
 
+    takes = ("moe_router_init_std",)
+
     def __init__(
         self,
         embed_dim: int,

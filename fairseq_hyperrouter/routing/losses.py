@@ -16,7 +16,7 @@ from .router import Routing
 def num_tokens(routing: Routing) -> Tensor:
     """How many tokens count, a 0-dim float32 tensor."""
     if routing.token_mask is None:
-        return torch.tensor(float(routing.logits.size(0)), device=routing.logits.device)
+        return torch.full((), float(routing.logits.size(0)), device=routing.logits.device)
     return routing.token_mask.sum(dtype=torch.float32)
 
 
@@ -77,7 +77,8 @@ def mutual_information_loss(routing: Routing) -> Tensor:
     """
     tokens = num_tokens(routing).clamp(min=1.0)
     mean = probability_sum(routing) / tokens
-    return torch.special.xlogy(mean, mean).sum() + entropy_sum(routing) / tokens
+    log = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # whose gradient at 0 is not NaN
+    return (mean * log).sum() + entropy_sum(routing) / tokens
 
 
 def entropy_sum(routing: Routing) -> Tensor:

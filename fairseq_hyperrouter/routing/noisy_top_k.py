@@ -27,6 +27,8 @@ class NoisyTopKRouter(LinearRouter):
        of the other entries. With K = E every expert is always chosen and the load is left out.
     """
 
+    takes = ("moe_router_init_std", "moe_router_loss_wt")
+
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = 0.1, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
         self.loss_weight = loss_weight
@@ -56,8 +58,11 @@ class NoisyTopKRouter(LinearRouter):
         importance = torch.zeros_like(noisy).scatter(1, expert_index, gate)
         loss = _squared_variation(importance, counts)
         if context.top_k < self.num_experts:
-            loss = loss + _squared_variation(_probability_to_stay(clean, noisy, size, context.top_k), counts)
+            loss = loss + _squared_variation(self._stays(clean, noisy, size, context.top_k), counts)
         return Routing(noisy, expert_index, gate, loss=self.loss_weight * loss)
+
+    def _stays(self, clean: Tensor, noisy: Tensor, size: Tensor, top_k: int) -> Tensor:
+        return _probability_to_stay(self.biased(clean), self.biased(noisy), size, top_k)
 
 
 def _probability_to_stay(clean: Tensor, noisy: Tensor, size: Tensor, top_k: int) -> Tensor:

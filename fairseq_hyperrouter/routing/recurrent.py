@@ -29,6 +29,7 @@ class RecurrentRouter(Router):
     """
 
     hands_on_state = True
+    takes = ("moe_router_init_std", "moe_router_dim")
 
     def __init__(
         self,

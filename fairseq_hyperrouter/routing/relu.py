@@ -11,7 +11,7 @@ from torch import Tensor
 from .linear import LinearRouter
 from .router import Place, Routing, RoutingContext, register_router
 
-START, STEP = 1e-8, 1.2
+START, STEP, MOST_STEPS = 1e-8, 1.2, 200
 
 
 @register_router("relu")
@@ -22,11 +22,14 @@ class ReluRouter(LinearRouter):
     2. loss = lambda mean_t sum_i f_i g_ti, f_i = (E / K) times the share of tokens that expert i has: an L1 penalty,
        heavier where an expert has more than its share.
     3. After every update lambda is multiplied by 1.2 when tokens went to more than K experts on average, else
-       divided by it. It starts at 1e-8 (``--moe-router-loss-wt`` sets another) and is saved as a number of steps.
+       divided by it. Every layer has its own, kept when it had no token. It starts
+       at 1e-8 (``--moe-router-loss-wt`` sets another) and is saved as a number of steps.
     """
 
     learns_from_load = True
+    takes = ("moe_router_init_std", "moe_router_loss_wt")
     selects_by_logits = False
+    own_gates = True
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = START, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
@@ -57,12 +60,13 @@ class ReluRouter(LinearRouter):
         counts = 1.0 if context.padding_mask is None else (~context.padding_mask[:, None]).to(gate)
         gates = logits.relu() * counts
         tokens = len(x) if context.padding_mask is None else counts.sum().clamp(min=1)
-        share = (gates > 0).to(gates).sum(0) / max(len(x), 1) * (self.num_experts / context.top_k)
+        share = (gates > 0).to(gates).sum(0) / tokens * (self.num_experts / context.top_k)
         strength = self.loss_weight * STEP ** self.steps.to(gates)
         return routing._replace(loss=strength * (share * gates).sum() / tokens)
 
     @torch.no_grad()
     def after_update(self, load: Tensor, tokens: Tensor) -> None:
         super().after_update(load, tokens)
-        if self.wanted:
-            self.steps += (load.sum() / tokens.clamp(min=1) - self.wanted).sign().long()
+        if self.wanted and tokens > 0:
+            self.steps += (load.sum() / tokens - self.wanted).sign().long()
+            self.steps.clamp_(-MOST_STEPS, MOST_STEPS)

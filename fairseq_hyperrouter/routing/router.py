@@ -5,7 +5,7 @@ Dimensions: T tokens, D model, E experts, K experts per token.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Type, TypeVar
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class RoutingContext(NamedTuple):
     """(T, S), what the router of the MoE layer below handed on."""
     update: int = 0
     """How many updates the training has made."""
-    experts: Optional[Callable[[Tensor], Tensor]] = None
-    """(T, D) -> (T, E, D), what every expert makes of every token."""
+    experts: Optional[Callable[[], Tensor]] = None
+    """() -> (T, E, D), what every expert makes of every token."""
     threshold: Optional[float] = None
     """The least probability, by the softmax over all experts, of an expert that computes; None for no least."""
 
@@ -101,10 +101,17 @@ class Router(InferenceCache, ABC):
 
     A subclass gives ``logits`` and ``reset_parameters``, and overrides of the other steps only what is its own.
 
-    Class attributes say what a method cannot do without: ``trains_with`` the only K it can be trained with,
-    ``needs_token_ids``, ``needs_experts`` (``RoutingContext.experts``), ``hands_on_state``, ``looks_ahead`` (the choice
-    for a token depends on later ones, so not in a causal decoder), ``learns_from_load`` (``after_update``);
-    ``selects_by_logits`` says that ``select`` is all there is to the choice, so that loss-free balancing can move it.
+    Class attributes say what a method cannot do without:
+
+    - ``trains_with``: the only K it can be trained with; ``needs_token_ids``; ``learns_from_load``: ``after_update``;
+    - ``hands_on_state``: to the layer above, with which it shares parameters;
+    - ``looks_ahead``: the choice for a token depends on later ones, so not in a causal decoder;
+
+    and what it makes of options:
+
+    - ``selects_by_logits``: ``select`` is all there is to the choice, so that loss-free balancing can move it;
+    - ``own_gates``: the gates do not come from ``gate_softmax``;
+    - ``takes``: which of the options that only some routers have it reads.
 
     Raises:
         UserError (a ValueError): a size that is not positive, an unknown ``gate_softmax``, a negative rate or jitter.
@@ -112,11 +119,12 @@ class Router(InferenceCache, ABC):
 
     trains_with: Optional[int] = None
     needs_token_ids = False
-    needs_experts = False
     hands_on_state = False
     looks_ahead = False
     learns_from_load = False
     selects_by_logits = True
+    own_gates = False
+    takes: Tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -188,7 +196,7 @@ class Router(InferenceCache, ABC):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             routing = self.route(x, context)
             if context.threshold is not None:
-                routing = _over_threshold(routing, context.threshold, renormalise=self.gate_softmax == "selected")
+                routing = _over_threshold(routing, context.threshold, renormalise=self.gates_sum_to_1)
             return _without_padding(routing, context.padding_mask)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
@@ -197,11 +205,18 @@ class Router(InferenceCache, ABC):
         expert_index = self.select(logits, context.top_k)
         return Routing(logits, expert_index, self.gates(logits, expert_index))
 
+    @property
+    def gates_sum_to_1(self) -> bool:
+        """Whether the gates of every token do, whatever K."""
+        return not self.own_gates and self.gate_softmax == "selected"
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """The logits with loss-free balancing's bias, which count for the selection."""
+        return logits + self.balancing_bias(logits.dtype) if self.loss_free_rate else logits
+
     def select(self, logits: Tensor, top_k: int) -> Tensor:
         """(T, E) logits -> (T, K) experts, best first."""
-        if self.loss_free_rate:
-            logits = logits + self.balancing_bias(logits.dtype)
-        return logits.topk(top_k, dim=-1).indices
+        return self.biased(logits).topk(top_k, dim=-1).indices
 
     def gates(self, logits: Tensor, expert_index: Tensor) -> Tensor:
         """The (T, K) gates of the selected experts."""

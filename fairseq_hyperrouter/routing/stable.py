@@ -31,7 +31,9 @@ class StableRouter(LinearRouter):
 
     trains_with = 1
     selects_by_logits = False
+    own_gates = True
     needs_token_ids = True
+    takes = ("moe_router_init_std", "moe_router_dim", "moe_router_loss_wt", "moe_stage1_updates")
 
     def __init__(
         self,
@@ -39,13 +41,13 @@ class StableRouter(LinearRouter):
         num_experts: int,
         *,
         vocabulary: int,
-        stage1_updates: int,
+        stage1_updates: Optional[int],
         dim: int = 50,
         loss_weight: float = 0.3,
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_experts, **options)
-        if stage1_updates < 1:
+        if stage1_updates is not None and stage1_updates < 1:
             raise UserError(f"--moe-stage1-updates {stage1_updates}: must be at least 1")
         self.stage1_updates = stage1_updates
         self.loss_weight = loss_weight
@@ -54,6 +56,7 @@ class StableRouter(LinearRouter):
         self.register_buffer("frozen_words", torch.zeros(vocabulary, dim))
         self.register_buffer("frozen_experts", torch.zeros(num_experts, dim))
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+        self._knows_frozen = False
         self.reset_parameters()
 
     @classmethod
@@ -62,7 +65,7 @@ class StableRouter(LinearRouter):
         return {
             **super().options(config, place),
             "vocabulary": place.vocabulary,
-            "stage1_updates": max(1, place.updates // 10) if updates is None else updates,
+            "stage1_updates": updates or (max(1, place.updates // 10) if place.updates else None),
             "dim": config.moe_router_dim or 50,
             **({} if weight is None else {"loss_weight": weight}),
         }
@@ -82,15 +85,23 @@ class StableRouter(LinearRouter):
         return super().flops() + 2 * self.experts.numel()
 
     @torch.no_grad()
-    def _freeze(self) -> None:
+    def _begin_stage2(self, update: int) -> None:
+        """Freeze, once; afterwards nobody looks at ``is_frozen`` on the host again."""
+        if self.stage1_updates is None:
+            raise UserError("--moe-stage1-updates: is needed without --max-update")
+        if update < self.stage1_updates:
+            return
+        self._knows_frozen = True
+        if self.is_frozen:  # by the training that is resumed
+            return
         self.frozen_words.copy_(self.words)
         self.frozen_experts.copy_(self.experts)
         self.is_frozen.fill_(True)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)
-        if self.training and context.update >= self.stage1_updates and not self.is_frozen:
-            self._freeze()
+        if self.training and not self._knows_frozen:
+            self._begin_stage2(context.update)
         # where, not if: no look at a value on the GPU
         words = self.frozen_words[context.token_ids].to(x.dtype)
         chosen_by = torch.where(self.is_frozen, F.linear(words, self.frozen_experts.to(x.dtype)), logits.detach())

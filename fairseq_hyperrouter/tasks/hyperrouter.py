@@ -139,6 +139,8 @@ class HyperRouterTask(LanguageModelingTask):
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Tuple[Any, Any, Dict[str, Any]]:
+        if next(p for p in model.parameters() if p.requires_grad).grad is None:  # the first micro-batch
+            self.update_load.forget()
         loss, sample_size, logging_output = super().train_step(
             {**sample, "is_dummy": ignore_grad}, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
@@ -147,7 +149,7 @@ class HyperRouterTask(LanguageModelingTask):
             sample_size = sample_size * 0
             logging_output = {name: value * 0 for name, value in logging_output.items()}
         if "moe_load" in logging_output:
-            self.update_load.add(logging_output, update_num)
+            self.update_load.add(logging_output)
         return loss, sample_size, logging_output
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:

@@ -17,13 +17,14 @@ class UpdateLoad:
     """
 
     def __init__(self) -> None:
-        self._update = -1
         self._sums: Optional[Tensor] = None
 
-    def add(self, logging_output: Dict[str, Any], update: int) -> None:
-        """Add a micro-batch of *update*."""
-        if update != self._update or self._sums is None:
-            self._update, self._sums = update, None
+    def forget(self) -> None:
+        """What was added belongs to an update that was not made, as after an overflow in fp16."""
+        self._sums = None
+
+    def add(self, logging_output: Dict[str, Any]) -> None:
+        """Add a micro-batch."""
         sums = torch.cat([logging_output["moe_load"], logging_output["moe_tokens"][:, None]], dim=1)
         self._sums = sums if self._sums is None else self._sums + sums
 

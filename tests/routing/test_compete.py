@@ -68,3 +68,10 @@ def test_outside_training_and_mistakes():
         with pytest.raises(UserError, match=f"--moe-compete-{name} {value!r}"):
             router(**{name: value})
     assert RoutingContext(1).experts is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_a_competition_in_half_precision(dtype):
+    layer = MoELayer(router(rate=1.0), 8, top_k=2).to(dtype)
+    y, routing = layer(torch.randn(7, 6).to(dtype))
+    assert y.dtype == dtype and routing.loss > 0

@@ -23,3 +23,10 @@ def test_outside_training_nothing_is_drawn():
     router = GShardRouter(4, 4).eval()
     routing = router(torch.randn(50, 4), RoutingContext(2))
     assert torch.equal(routing.expert_index, routing.logits.topk(2).indices)
+
+
+def test_loss_free_balancing_moves_the_second_expert_too():
+    router = GShardRouter(4, 4, loss_free_rate=0.1)
+    router.balancing_steps += torch.tensor([0, 0, -200, -200])
+    experts = router(torch.randn(500, 4), RoutingContext(2)).expert_index
+    assert set(experts.flatten().tolist()) == {0, 1}

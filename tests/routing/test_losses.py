@@ -126,3 +126,10 @@ def test_mutual_information_loss():
     padded = Routing(torch.cat([sure, torch.randn(3, 4)]), torch.zeros(15, 1).long(), torch.ones(15, 1))
     padded = padded._replace(token_mask=torch.arange(15) < 12)
     assert losses.mutual_information_loss(padded).item() == pytest.approx(-math.log(4), abs=1e-5)
+
+
+def test_mutual_information_loss_where_a_probability_underflows():
+    logits = torch.tensor([[120.0, 0.0], [130.0, 0.0]], requires_grad=True)
+    routing = Routing(logits, torch.zeros(2, 1).long(), torch.ones(2, 1))
+    losses.mutual_information_loss(routing).backward()
+    assert logits.grad.isfinite().all()

@@ -30,9 +30,17 @@ def test_at_most_k_experts_outside_training():
     assert torch.equal(routing.chosen, routing.gate > 0) and routing.chosen.sum() < 100
 
 
+def test_padding_changes_no_loss():
+    router, x = ReluRouter(6, 4, init_std=1.0, loss_weight=1.0), torch.randn(6, 6)
+    padded = router(x, RoutingContext(2, torch.arange(6) > 2)).loss
+    torch.testing.assert_close(padded, router(x[:3], RoutingContext(2)).loss)
+
+
 def test_the_penalty_follows_the_sparsity():
     router = ReluRouter(6, 4)
     router(torch.randn(5, 6), RoutingContext(2))
     for load, steps in (([30.0, 30, 30, 30], 1), ([30.0, 30, 30, 30], 2), ([10.0, 10, 10, 10], 1), ([25.0] * 4, 1)):
         router.after_update(torch.tensor(load), torch.tensor(50.0))
         assert router.steps.item() == steps
+    router.after_update(torch.zeros(4), torch.tensor(0.0))  # LayerDrop left the layer out
+    assert router.steps.item() == 1

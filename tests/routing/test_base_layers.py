@@ -1,11 +1,11 @@
 import torch
 
 from fairseq_hyperrouter import RoutingContext
-from fairseq_hyperrouter.routing import BaseRouter
+from fairseq_hyperrouter.routing import BaseLayersRouter
 
 
 def test_every_expert_gets_the_same_number_of_tokens_in_training():
-    router = BaseRouter(6, 4, init_std=1.0)
+    router = BaseLayersRouter(6, 4, init_std=1.0)
     x, padding = torch.randn(23, 6) + 1, torch.arange(23) < 3
     routing = router(x, RoutingContext(1, padding))
     assert routing.expert_index[~padding].flatten().bincount(minlength=4).tolist() == [5, 5, 5, 5]

@@ -11,7 +11,7 @@ from .router import Routing, RoutingContext, register_router
 
 
 @register_router("base")
-class BaseRouter(LinearRouter):
+class BaseLayersRouter(LinearRouter):
     """z = x W^T + b, gate sigmoid(z_i). In training every expert gets the same number of tokens; else the best
     expert(s).
 
@@ -20,6 +20,7 @@ class BaseRouter(LinearRouter):
 
     trains_with = 1
     selects_by_logits = False
+    own_gates = True
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)
