@@ -145,7 +145,7 @@ def test_every_worker_evaluates_the_whole_set(preloaded, data, saved):
 def test_the_end_of_an_epoch_that_does_not_divide_evenly(preloaded, data, tmp_path, balance):
     """15 batches: one worker has a real batch and then none where the other has two. Against one process."""
     options = [*SGD, "--tokens-per-sample", "512", "--required-batch-size-multiple", "1", "--max-epoch", "1"]
-    options += ["--moe-router", "smoe", "--clip-norm", "0", "--moe-balance-batch", balance]
+    options += ["--moe-router", "smoe", "--clip-norm", "0", "--lr", "0.1", "--moe-balance-batch", balance]
     micro_batches = 4 if balance == "local" else 1
     if (
         balance == "global"
@@ -158,10 +158,13 @@ def test_the_end_of_an_epoch_that_does_not_divide_evenly(preloaded, data, tmp_pa
         chosen = [*options, "--update-freq", per_worker, "--moe-expert-parallel-size", size]
         arguments = train_arguments(data, tmp_path / f"{workers}{size}", *chosen, batch_size=batch_size)
         losses.append(preloaded.run_workers(workers, "fairseq-train", *arguments)[0].losses())
-    assert losses[0] == losses[1] == losses[2] and len(losses[0]) > 2
+    printed = pytest.approx(losses[0], abs=1.1e-3)  # three digits
+    assert losses[1] == printed and losses[2] == printed and len(losses[0]) > 2
     models = [load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("11", "21", "22")]
-    assert_same_model(models[1], models[0], rtol=1e-5)
-    assert_same_model(models[2], models[0], rtol=1e-5)
+    # In the global case one process has one micro-batch of twice the size, whose sums round otherwise; a dummy that
+    # counted would be an error of 7e-3.
+    for model in models[1:]:
+        assert_same_model(model, models[0], rtol=1e-5 if balance == "local" else 1e-4)
 
 
 def test_a_checkpoint_of_another_model_is_named_for_divided_experts(preloaded, data, saved):
