@@ -161,8 +161,8 @@ def test_the_end_of_an_epoch_that_does_not_divide_evenly(preloaded, data, tmp_pa
     printed = pytest.approx(losses[0], abs=1.1e-3)  # three digits
     assert losses[1] == printed and losses[2] == printed and len(losses[0]) > 2
     models = [load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("11", "21", "22")]
-    # In the global case one process has one micro-batch of twice the size, whose sums round otherwise, and a token whose
-    # two best experts are nearly even may then choose another; a dummy that counted would be an error of 7e-3.
+    # In the global case one process has one micro-batch of twice the size, whose sums round otherwise, and a token
+    # whose two best experts are nearly even may choose another; a dummy that counted would be an error of 7e-3.
     for model in models[1:]:
         assert_same_model(model, models[0], rtol=1e-5 if balance == "local" else 1e-3)
 
