@@ -244,8 +244,8 @@ class MoEConfig(FairseqDataclass):
         if weight is not None and not 0 <= weight < math.inf:
             raise UserError(f"--moe-router-loss-wt {weight}: must be at least 0, and finite")
         router = ROUTERS[self.moe_router]
-        for name in ("moe_router_init_std", "moe_router_dim", "moe_router_loss_wt", "moe_stage1_updates"):
-            if getattr(self, name) is not None and name not in router.takes:
+        for name in sorted({name for other in ROUTERS.values() for name in other.takes} - set(router.takes)):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
         if router.own_gates and self.moe_gate_softmax != "selected":
             raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax}: {self.moe_router} has gates of its own")

@@ -41,6 +41,8 @@ BAD = [
     ({"moe_capacity_factor": -1.0}, r"--moe-capacity-factor -1.0: must be greater than 0"),
     ({"moe_capacity_factor": float("nan")}, r"--moe-capacity-factor nan: must be greater than 0"),
     ({"moe_shared_experts": -1}, r"--moe-shared-experts -1: must be at least 0"),
+    ({"moe_router": "smoe", "moe_hyper_shared": True}, r"--moe-hyper-shared True: means nothing to smoe"),
+    ({"moe_compete_rate": 0.5}, r"--moe-compete-rate 0.5: means nothing to hyperrouter"),
 ]
 
 

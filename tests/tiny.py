@@ -19,7 +19,6 @@ TINY = {
     "decoder_attention_heads": 2,
     "dropout": 0.0,
     "moe_expert_count": 4,
-    "moe_hyper_hidden_dim": 16,
     # what a full fairseq config would resolve
     "add_bos_token": False,
     "tokens_per_sample": 16,

@@ -8,7 +8,7 @@ as in ``runs``. Outputs are brought back to their tokens by a gather and a sum o
 same numbers at every run.
 """
 
-from typing import Any, Optional, Tuple, Type
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -21,18 +21,12 @@ from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2), with ``grouped_mm``."""
-    return _apply(GroupedProducts, x, dispatch, gate, weights, hidden)
+    return _Grouped.apply(dispatch, GroupedProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 def expert_blocks(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """The same with batched products of blocks of rows."""
-    return _apply(BlockProducts, x, dispatch, gate, weights, hidden)
-
-
-def _apply(
-    products: Type[Products], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
-) -> Tensor:
-    return _Grouped.apply(dispatch, products(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
+    return _Grouped.apply(dispatch, BlockProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _Grouped(torch.autograd.Function):

@@ -24,18 +24,12 @@ from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
-    return _apply(RunProducts, x, dispatch, gate, weights, hidden)
+    return _ExpertRuns.apply(dispatch, RunProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 def expert_onednn(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """The same with oneDNN's products."""
-    return _apply(OneDNNProducts, x, dispatch, gate, weights, hidden)
-
-
-def _apply(
-    products: Type[RunProducts], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
-) -> Tensor:
-    return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
+    return _ExpertRuns.apply(dispatch, OneDNNProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _ExpertRuns(torch.autograd.Function):

@@ -34,7 +34,12 @@ class CompeteRouter(LinearRouter):
     3. Otherwise, and always outside training: the K largest of z = x W^T + b.
     """
 
-    takes = ("moe_router_init_std", "moe_router_loss_wt", "moe_compete_rate", "moe_compete_version")
+    takes = {
+        **LinearRouter.takes,
+        "moe_router_loss_wt": "loss_weight",
+        "moe_compete_rate": "rate",
+        "moe_compete_version": "version",
+    }
 
     def __init__(
         self,
@@ -58,14 +63,7 @@ class CompeteRouter(LinearRouter):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        weight = config.moe_router_loss_wt
-        return {
-            **super().options(config, place),
-            "place": place,
-            "rate": config.moe_compete_rate,
-            "version": config.moe_compete_version,
-            **({} if weight is None else {"loss_weight": weight}),
-        }
+        return {**super().options(config, place), "place": place}
 
     def competes(self, update: int) -> bool:
         """Whether this layer competes in this update."""
@@ -84,7 +82,7 @@ class CompeteRouter(LinearRouter):
         outputs = context.experts().to(logits.dtype)  # (T, E, D)
         affinity = F.softplus(outputs).mean(-1) if self.version == "v2" else outputs.norm(dim=-1)
         expert_index = self.biased(affinity).topk(context.top_k, dim=-1).indices
-        counts = torch.ones_like(logits[:, 0]) if context.padding_mask is None else (~context.padding_mask).to(logits)
+        counts = context.counts(logits)[:, 0]
         tokens = counts.sum().clamp(min=1)
         difference = logits.softmax(-1) - affinity.detach().softmax(-1)
         loss = self.loss_weight * (difference.square().mean(-1) * counts).sum() / tokens

@@ -3,7 +3,7 @@
 Dimensions: T tokens, D model, E experts, C projection.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Place, Router, RoutingContext, register_router
+from .router import Router, RoutingContext, register_router
 
 INITIAL_TEMPERATURE = 0.07
 LEAST_TEMPERATURE = 0.01
@@ -29,7 +29,7 @@ class CosineRouter(Router):
     this is the paper's.
     """
 
-    takes = ("moe_router_dim",)
+    takes = {"moe_router_dim": "dim"}
 
     def __init__(self, embed_dim: int, num_experts: int, *, dim: int = 16, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
@@ -39,10 +39,6 @@ class CosineRouter(Router):
         self.expert_embedding = nn.Parameter(torch.empty(num_experts, dim))
         self.temperature = nn.Parameter(torch.empty(()))
         self.reset_parameters()
-
-    @classmethod
-    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {**super().options(config, place), "dim": config.moe_router_dim or 16}
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:

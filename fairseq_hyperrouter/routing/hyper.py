@@ -70,7 +70,12 @@ class HyperRouter(Router):
             hidden units is active and the router could never learn.
     """
 
-    takes = ("moe_router_init_std",)
+    takes = {
+        "moe_router_init_std": "init_std",
+        "moe_hyper_embed_dim": "embedding_dim",
+        "moe_hyper_hidden_dim": "hidden_dim",
+        "moe_hyper_shared": "shared",
+    }
 
     def __init__(
         self,
@@ -103,13 +108,9 @@ class HyperRouter(Router):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {
-            **super().options(config, place),
-            "init_std": config.moe_router_init_std,
-            "embedding_dim": config.moe_hyper_embed_dim,
-            "hidden_dim": config.moe_hyper_hidden_dim,
-            "hypernetwork": place.lower[0].hypernetwork if config.moe_hyper_shared and place.lower else None,
-        }
+        options = super().options(config, place)
+        shared = options.pop("shared") and place.lower
+        return {**options, "hypernetwork": place.lower[0].hypernetwork if shared else None}
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:

@@ -1,12 +1,12 @@
 """The trained linear router: z = x W^T + b (Shazeer et al., arXiv 1701.06538, without its noise)."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router import Place, Router, RoutingContext, check_init_std, register_router
+from .router import Router, RoutingContext, check_init_std, register_router
 
 DEFAULT_INIT_STD = 0.02
 
@@ -15,7 +15,7 @@ DEFAULT_INIT_STD = 0.02
 class LinearRouter(Router):
     """SMoE: W (E, D) and b (E,) are trained; both start from N(0, init_std)."""
 
-    takes = ("moe_router_init_std",)
+    takes = {"moe_router_init_std": "init_std"}
 
     def __init__(
         self,
@@ -29,11 +29,7 @@ class LinearRouter(Router):
         check_init_std(init_std)
         self.init_std = DEFAULT_INIT_STD if init_std is None else init_std
         self._add_weights(torch.empty(num_experts, embed_dim), torch.empty(num_experts))
-        self.reset_parameters()
-
-    @classmethod
-    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {**super().options(config, place), "init_std": config.moe_router_init_std}
+        LinearRouter.reset_parameters(self)  # not a subclass's: its own parameters are not there yet
 
     def _add_weights(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = nn.Parameter(weight)

@@ -3,14 +3,14 @@
 Dimensions: T tokens, D model, E experts, K experts per token.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import LinearRouter
-from .router import Place, Routing, RoutingContext, register_router
+from .router import Routing, RoutingContext, register_router
 
 LEAST_NOISE = 0.01
 
@@ -27,23 +27,17 @@ class NoisyTopKRouter(LinearRouter):
        of the other entries. With K = E every expert is always chosen and the load is left out.
     """
 
-    takes = ("moe_router_init_std", "moe_router_loss_wt")
+    takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = 0.1, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)
         self.loss_weight = loss_weight
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, embed_dim))
 
-    @classmethod
-    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        weight = config.moe_router_loss_wt
-        return {**super().options(config, place), **({} if weight is None else {"loss_weight": weight})}
-
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         super().reset_parameters(generator)
-        if hasattr(self, "noise_weight"):
-            self.noise_weight.zero_()
+        self.noise_weight.zero_()
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         clean = self.logits(x, context)
@@ -54,11 +48,11 @@ class NoisyTopKRouter(LinearRouter):
         noisy = clean + torch.randn_like(clean) * size
         expert_index = self.select(noisy, context.top_k)
         gate = self.gates(noisy, expert_index)
-        counts = None if context.padding_mask is None else ~context.padding_mask[:, None]
+        counts = context.counts(clean)
         importance = torch.zeros_like(noisy).scatter(1, expert_index, gate)
-        loss = _squared_variation(importance, counts)
+        loss = _squared_variation(importance * counts)
         if context.top_k < self.num_experts:
-            loss = loss + _squared_variation(self._stays(clean, noisy, size, context.top_k), counts)
+            loss = loss + _squared_variation(self._stays(clean, noisy, size, context.top_k) * counts)
         return Routing(noisy, expert_index, gate, loss=self.loss_weight * loss)
 
     def _stays(self, clean: Tensor, noisy: Tensor, size: Tensor, top_k: int) -> Tensor:
@@ -73,7 +67,7 @@ def _probability_to_stay(clean: Tensor, noisy: Tensor, size: Tensor, top_k: int)
     return torch.special.ndtr((clean - threshold) / size)
 
 
-def _squared_variation(per_token: Tensor, counts: Optional[Tensor]) -> Tensor:
-    """CV^2 over the experts of the sums over the tokens that count."""
-    total = (per_token if counts is None else per_token * counts).sum(0)
+def _squared_variation(per_token: Tensor) -> Tensor:
+    """CV^2 over the experts of the sums over the tokens."""
+    total = per_token.sum(0)
     return total.var(unbiased=False) / (total.mean() ** 2 + 1e-10)

@@ -29,7 +29,7 @@ class RecurrentRouter(Router):
     """
 
     hands_on_state = True
-    takes = ("moe_router_init_std", "moe_router_dim")
+    takes = {"moe_router_init_std": "init_std", "moe_router_dim": "dim"}
 
     def __init__(
         self,
@@ -55,12 +55,7 @@ class RecurrentRouter(Router):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {
-            **super().options(config, place),
-            "dim": config.moe_router_dim or 128,
-            "init_std": config.moe_router_init_std,
-            "cell": place.lower[0].cell if place.lower else None,
-        }
+        return {**super().options(config, place), "cell": place.lower[0].cell if place.lower else None}
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:

@@ -3,13 +3,13 @@
 Dimensions: T tokens, E experts, K experts per token wanted on average.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from .linear import LinearRouter
-from .router import Place, Routing, RoutingContext, register_router
+from .router import Routing, RoutingContext, register_router
 
 START, STEP, MOST_STEPS = 1e-8, 1.2, 200
 
@@ -27,7 +27,7 @@ class ReluRouter(LinearRouter):
     """
 
     learns_from_load = True
-    takes = ("moe_router_init_std", "moe_router_loss_wt")
+    takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
     selects_by_logits = False
     own_gates = True
 
@@ -37,16 +37,10 @@ class ReluRouter(LinearRouter):
         self.wanted = 0.0
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    @classmethod
-    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        weight = config.moe_router_loss_wt
-        return {**super().options(config, place), **({} if weight is None else {"loss_weight": weight})}
-
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         super().reset_parameters(generator)
-        if hasattr(self, "steps"):
-            self.steps.zero_()
+        self.steps.zero_()
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)
@@ -57,9 +51,9 @@ class ReluRouter(LinearRouter):
         if not self.training:
             return routing
         self.wanted = float(context.top_k)
-        counts = 1.0 if context.padding_mask is None else (~context.padding_mask[:, None]).to(gate)
+        counts = context.counts(logits)
         gates = logits.relu() * counts
-        tokens = len(x) if context.padding_mask is None else counts.sum().clamp(min=1)
+        tokens = counts.sum().clamp(min=1)
         share = (gates > 0).to(gates).sum(0) / tokens * (self.num_experts / context.top_k)
         strength = self.loss_weight * STEP ** self.steps.to(gates)
         return routing._replace(loss=strength * (share * gates).sum() / tokens)

@@ -5,7 +5,7 @@ Dimensions: T tokens, D model, E experts, K experts per token.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class RoutingContext(NamedTuple):
     """() -> (T, E, D), what every expert makes of every token."""
     threshold: Optional[float] = None
     """The least probability, by the softmax over all experts, of an expert that computes; None for no least."""
+
+    def counts(self, logits: Tensor) -> Tensor:
+        """(T, 1) in the dtype of the (T, E) logits: 1 for tokens that count, 0 for padding."""
+        if self.padding_mask is None:
+            return torch.ones_like(logits[:, :1])
+        return (~self.padding_mask[:, None]).to(logits)
 
 
 class Place(NamedTuple):
@@ -111,7 +117,8 @@ class Router(InferenceCache, ABC):
 
     - ``selects_by_logits``: ``select`` is all there is to the choice, so that loss-free balancing can move it;
     - ``own_gates``: the gates do not come from ``gate_softmax``;
-    - ``takes``: which of the options that only some routers have it reads.
+    - ``takes``: the options that only some routers have and this one reads, with the argument of its constructor that
+      each is passed as when it is given.
 
     Raises:
         UserError (a ValueError): a size that is not positive, an unknown ``gate_softmax``, a negative rate or jitter.
@@ -124,7 +131,7 @@ class Router(InferenceCache, ABC):
     learns_from_load = False
     selects_by_logits = True
     own_gates = False
-    takes: Tuple[str, ...] = ()
+    takes: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -165,8 +172,10 @@ class Router(InferenceCache, ABC):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        """The keyword arguments of the constructor that *config* holds; a subclass adds its own."""
+        """The keyword arguments of the constructor; a subclass adds what is not in ``takes``."""
+        own = {argument: getattr(config, name) for name, argument in cls.takes.items()}
         return {
+            **{argument: value for argument, value in own.items() if value is not None},
             "gate_softmax": config.moe_gate_softmax,
             "jitter": config.moe_router_jitter,
             "loss_free_rate": config.moe_loss_free_rate,

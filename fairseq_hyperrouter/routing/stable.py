@@ -33,7 +33,12 @@ class StableRouter(LinearRouter):
     selects_by_logits = False
     own_gates = True
     needs_token_ids = True
-    takes = ("moe_router_init_std", "moe_router_dim", "moe_router_loss_wt", "moe_stage1_updates")
+    takes = {
+        **LinearRouter.takes,
+        "moe_router_dim": "dim",
+        "moe_router_loss_wt": "loss_weight",
+        "moe_stage1_updates": "stage1_updates",
+    }
 
     def __init__(
         self,
@@ -61,22 +66,15 @@ class StableRouter(LinearRouter):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        weight, updates = config.moe_router_loss_wt, config.moe_stage1_updates
-        return {
-            **super().options(config, place),
-            "vocabulary": place.vocabulary,
-            "stage1_updates": updates or (max(1, place.updates // 10) if place.updates else None),
-            "dim": config.moe_router_dim or 50,
-            **({} if weight is None else {"loss_weight": weight}),
-        }
+        tenth = max(1, place.updates // 10) if place.updates else None
+        return {"stage1_updates": tenth, "vocabulary": place.vocabulary, **super().options(config, place)}
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         super().reset_parameters(generator)
-        if hasattr(self, "is_frozen"):
-            self.words.normal_(0.0, 0.1, generator=generator)
-            self.experts.normal_(0.0, 0.1, generator=generator)
-            self.is_frozen.fill_(False)
+        self.words.normal_(0.0, 0.1, generator=generator)
+        self.experts.normal_(0.0, 0.1, generator=generator)
+        self.is_frozen.fill_(False)
 
     def inference_parameters(self) -> int:
         return super().inference_parameters() + self.experts.numel() + self.words.size(1)
@@ -111,7 +109,7 @@ class StableRouter(LinearRouter):
         return Routing(logits, expert_index, gate, loss=loss)
 
     def _loss(self, logits: Tensor, expert_index: Tensor, gate: Tensor, context: RoutingContext) -> Tensor:
-        counts = torch.ones_like(gate) if context.padding_mask is None else (~context.padding_mask[:, None]).to(gate)
+        counts = context.counts(logits)
         choice = torch.zeros_like(logits).scatter(1, expert_index, counts)
         load = choice.sum(0)
         of_experts = (choice * logits.sigmoid()).sum(0) / counts.sum().clamp(min=1)

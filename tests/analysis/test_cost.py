@@ -10,7 +10,7 @@ EMBEDDINGS = 2 * 16 * 8  # input and output
 ATTENTION_AND_NORMS = 4 * (8 * 8 + 8) + 2 * 2 * 8
 EXPERT = 8 * 12 + 12 + 12 * 8 + 8
 ROUTER = 4 * (8 + 1)
-HYPERNETWORK = (16 * 8 + 16) + (ROUTER * 16 + ROUTER)
+HYPERNETWORK = (256 * 8 + 256) + (ROUTER * 256 + ROUTER)
 SCALE = 1  # of a HyperRouter, a frozen number
 
 # router, options -> trained and frozen parameters of the routers of both layers
