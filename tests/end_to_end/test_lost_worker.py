@@ -76,14 +76,20 @@ def launched(data, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_launcher_says_who_ended(launched):
-    process = launched(*OPTIONS, "--max-update", "100000")
+def training_workers(launcher):
+    """The process numbers of the workers, when they have trained two updates."""
     log = ""
     while '"num_updates": "2"' not in log:
-        log += process.stdout.readline()
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        log += launcher.stdout.readline()
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in children]
+
+
+def test_the_launcher_says_who_ended(launched):
+    process = launched(*OPTIONS, "--max-update", "100000")
+    children = training_workers(process)
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children[1], signal.SIGKILL)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert "another worker of this training has ended" in rest
@@ -92,10 +98,7 @@ def test_the_launcher_says_who_ended(launched):
 
 def test_nothing_stays_behind_when_the_launcher_is_ended(launched):
     process = launched(*OPTIONS, "--max-update", "100000")
-    log = ""
-    while '"num_updates": "2"' not in log:
-        log += process.stdout.readline()
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = training_workers(process)
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
