@@ -68,18 +68,25 @@ class MoEConfig(FairseqDataclass):
     )
     moe_top_k_start: Optional[int] = field(
         default=None,
-        metadata={"help": "experts per token at the first update; above --moe-top-k, it falls (default: 1)"},
+        metadata={
+            "help": "experts per token at the first update; above --moe-top-k, it falls (default: 1); elastic: at "
+            "most so many at the first update, growing linearly (default: no such bound)"
+        },
     )
     moe_top_k_schedule_updates: int = field(
         default=II("optimization.max_update"),
         metadata={"help": "updates until the schedule arrives at --moe-top-k (default: --max-update)"},
     )
     moe_top_k_choices: Optional[str] = field(
-        default=None, metadata={"help": "what elastic draws from, as in 1,2,4,8,16 (default: 1 to --moe-top-k)"}
+        default=None,
+        metadata={
+            "help": "what elastic draws from, as in 1,2,4,8,16; a number given twice has twice the chance (default: 1 "
+            "to --moe-top-k)"
+        },
     )
     moe_elastic_per: str = field(
         default="layer",
-        metadata={"help": "elastic draws once per update for all layers (update) or for each layer (layer)"},
+        metadata={"help": "elastic draws once per update for all layers (update), for each layer, or for each token"},
     )
     moe_eval_top_k: Optional[str] = field(
         default=None, metadata={"help": "experts per token at inference (default: --moe-top-k)"}
@@ -89,6 +96,13 @@ class MoEConfig(FairseqDataclass):
         metadata={
             "help": "at inference, of --moe-eval-top-k experts those compute whose probability is at least this, and "
             "the best (default: all of them)"
+        },
+    )
+    moe_eval_top_p: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "at inference, of --moe-eval-top-k experts the fewest compute whose probabilities add up to this "
+            "(default: all of them)"
         },
     )
     moe_gate_softmax: str = field(
@@ -103,6 +117,13 @@ class MoEConfig(FairseqDataclass):
         metadata={
             "help": "standard deviation of the router's weights at the start (default: the method's own, "
             "0.02; hyperrouter: what its hypernetwork generates, about 0.072 at width 256)"
+        },
+    )
+    moe_router_lr_scale: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "the router learns at so many times the learning rate (with Adam and its kin): its trained "
+            "numbers are stored divided by this"
         },
     )
     moe_router_jitter: float = field(
@@ -208,20 +229,19 @@ class MoEConfig(FairseqDataclass):
         if _resolved(self.moe_top_k_schedule_updates, 0) < 0:
             raise UserError(f"--moe-top-k-schedule-updates {self.moe_top_k_schedule_updates}: must be at least 0")
         self._check_least("moe_adapter_dim", 0)
-        threshold = self.moe_eval_threshold
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise UserError(f"--moe-eval-threshold {threshold}: must be between 0 and 1")
-        for name in ("moe_router_init_std", "moe_capacity_factor"):
+        for name in ("moe_eval_threshold", "moe_eval_top_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{option_name(name)} {value}: must be between 0 and 1")
+        for name in ("moe_router_init_std", "moe_router_lr_scale", "moe_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{option_name(name)} {value}: must be greater than 0, and finite")
         parse_top_k("--moe-top-k", self.moe_top_k, self.moe_expert_count)
         if self.moe_top_k_start is not None:
             parse_top_k("--moe-top-k-start", self.moe_top_k_start, self.moe_expert_count)
-            if self.moe_top_k_schedule in ("constant", "elastic"):
-                raise UserError(
-                    f"--moe-top-k-start {self.moe_top_k_start}: not with a {self.moe_top_k_schedule} schedule"
-                )
+            if self.moe_top_k_schedule == "constant":
+                raise UserError(f"--moe-top-k-start {self.moe_top_k_start}: not with a constant schedule")
         if self.moe_top_k_choices is not None and self.moe_top_k_schedule != "elastic":
             raise UserError(f"--moe-top-k-choices {self.moe_top_k_choices}: only with --moe-top-k-schedule elastic")
         if self.moe_expert_count % self.moe_expert_parallel_size:
@@ -249,8 +269,9 @@ class MoEConfig(FairseqDataclass):
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
         if router.own_gates and self.moe_gate_softmax != "selected":
             raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax}: {self.moe_router} has gates of its own")
-        if router.own_gates and self.moe_eval_threshold is not None:
-            raise UserError(f"--moe-eval-threshold {self.moe_eval_threshold}: {self.moe_router} has no probabilities")
+        for name in ("moe_eval_threshold", "moe_eval_top_p"):
+            if router.own_gates and getattr(self, name) is not None:
+                raise UserError(f"{option_name(name)} {getattr(self, name)}: {self.moe_router} has no probabilities")
         if self.moe_similarity_wt and self.moe_top_k == 1 and self.moe_top_k_schedule == "constant":
             raise UserError(f"--moe-similarity-wt {self.moe_similarity_wt}: with --moe-top-k 1 experts share no token")
         only = router.trains_with
@@ -271,7 +292,7 @@ class MoEConfig(FairseqDataclass):
         return TopKSchedule(
             self.moe_top_k_schedule,
             end=self.moe_top_k,
-            start=self.moe_top_k_start or 1,
+            start=self.moe_top_k_start,
             updates=_resolved(self.moe_top_k_schedule_updates, 0),
             choices=None if choices is None else parse_ints("--moe-top-k-choices", choices),
             per=self.moe_elastic_per,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .experts import ExpertBank, ExpertParallel, SharedExperts, UnselectedAdapter, similarity_penalty
-from .routing import Router, Routing, RoutingContext, limit_capacity
+from .routing import Limit, Router, Routing, RoutingContext, limit_capacity
 
 
 class MoELayer(nn.Module):
@@ -101,7 +101,7 @@ class MoELayer(nn.Module):
         token_ids: Optional[Tensor] = None,
         router_state: Optional[Tensor] = None,
         update: int = 0,
-        threshold: Optional[float] = None,
+        limit: Optional[Limit] = None,
     ) -> Tuple[Tensor, Routing]:
         """(..., D) tokens -> y (..., D) and the Routing of the T tokens in the order of x.
 
@@ -111,16 +111,14 @@ class MoELayer(nn.Module):
             token_ids: int64, the same shape; for routers that look at the tokens themselves.
             router_state: ``state`` of the Routing of the MoE layer below, for routers that hand one on.
             update: how many updates the training has made, for routers that change with it.
-            threshold: of the K experts only those compute whose probability is at least this, and the best.
+            limit: which of their K experts tokens go without; its tensors are in the order of x's tokens.
         """
         x_TD = x.reshape(-1, x.size(-1))
         mask_T, ids_T = (None if one is None else one.reshape(-1) for one in (padding_mask, token_ids))
         if ids_T is None and self.router.needs_token_ids:
             raise UserError(f"token_ids None: {type(self.router).__name__} needs them")
         top_k = self.top_k if top_k is None else self._checked(top_k)
-        context = RoutingContext(
-            top_k, mask_T, ids_T, router_state, update, partial(self._every_expert, x_TD), threshold
-        )
+        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, partial(self._every_expert, x_TD), limit)
         routing = self.router(x_TD, context)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)

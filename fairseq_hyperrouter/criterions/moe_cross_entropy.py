@@ -1,6 +1,6 @@
 """``--criterion moe_cross_entropy``: cross entropy, with the routers' auxiliary losses in training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Tuple
 
 import torch.nn.functional as F
@@ -8,12 +8,27 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from torch import Tensor
 
+from fairseq_hyperrouter.errors import UserError
+
 from .routing_losses import RoutingLossConfig, auxiliary_loss, log_routing, routing_sums
 
 
 @dataclass
 class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
-    """Stock cross_entropy's option and the weights of the auxiliary losses."""
+    """Stock cross_entropy's option, the weights of the auxiliary losses, and distillation."""
+
+    moe_distill_wt: float = field(
+        default=0.0,
+        metadata={
+            "help": "teach the model at the schedule's experts per token with what it says at --moe-top-k, computed in "
+            "the same update: the weight of the teacher's words beside the text's, 0 to 1 (default: off)"
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.moe_distill_wt <= 1:
+            raise UserError(f"--moe-distill-wt {self.moe_distill_wt}: must be between 0 and 1")
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
@@ -23,6 +38,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     The logged loss, nll_loss and ppl are the cross entropy alone; the auxiliary part is only in what is
     differentiated. It is weighted like the tokens, so gradient accumulation and several workers average it.
     Works with a plain, tied or adaptive softmax.
+
+    With a ``moe_distill_wt`` w every batch is computed twice in training, with the k of the schedule and with the
+    largest K (the sandwich of slimmable networks, arXiv 1903.05134). Beside the auxiliary losses, loss =
+    (CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2, p_K without gradient; CE_k and the routing of k are what is logged.
     """
 
     def __init__(self, cfg: MoECrossEntropyConfig, task: Any) -> None:
@@ -48,11 +67,25 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
+        if self.training and reduce and self.cfg.moe_distill_wt:
+            loss = self._distilled(model, net_output, sample, loss)
         if self.training and reduce and routings:
             counts = not sample.get("is_dummy", False)
             auxiliary = auxiliary_loss(routings, logging_output["moe_load"] * counts, self.cfg)
             loss = loss if auxiliary is None else loss + sample_size * auxiliary
         return loss, sample_size, logging_output
+
+    def _distilled(self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], loss: Tensor) -> Tensor:
+        with model.decoder.at_largest_top_k():
+            largest = model(**sample["net_input"])
+        teacher_loss, _ = self.compute_loss(model, largest, sample)
+        teacher, student = (
+            model.get_normalized_probs(output, log_probs=True).float() for output in (largest, net_output)
+        )
+        per_token = F.kl_div(student, teacher.detach(), log_target=True, reduction="none").sum(-1)
+        divergence = per_token.masked_fill(sample["target"].eq(self.padding_idx), 0).sum()
+        weight = self.cfg.moe_distill_wt
+        return (teacher_loss + (1 - weight) * loss + weight * divergence) / 2
 
     def compute_loss(
         self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], reduce: bool = True

@@ -17,7 +17,7 @@ from fairseq_hyperrouter.config import MoEConfig, parse_top_k
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import ROUTERS, Place, Routing
+from fairseq_hyperrouter.routing import ROUTERS, Limit, Place, Routing
 
 from .moe_decoder_layer import MoEDecoderLayer
 
@@ -66,6 +66,7 @@ class MoEDecoder(TransformerDecoderBase):
         self.schedule = moe.schedule
         self.eval_top_k = moe.eval_top_k
         self.num_updates = 0
+        self._at_largest = False
         logger.info(
             f"experts per token: in training {self.schedule}, at inference {self.eval_top_k} of {moe.moe_expert_count}"
         )
@@ -114,8 +115,19 @@ class MoEDecoder(TransformerDecoderBase):
         finally:
             self.eval_top_k = before
 
+    @contextmanager
+    def at_largest_top_k(self) -> Iterator[None]:
+        """Train with the largest k of the schedule inside the ``with`` block."""
+        self._at_largest = True
+        try:
+            yield
+        finally:
+            self._at_largest = False
+
     def active_top_k(self, moe_index: int) -> int:
         """Experts per token now, in the *moe_index*-th MoE layer."""
+        if self.training and self._at_largest:
+            return max(self.schedule.end, self.schedule.start or 1)
         return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k
 
     def extract_features_scriptable(
@@ -177,8 +189,18 @@ class MoEDecoder(TransformerDecoderBase):
             "token_ids": tokens,
             "router_state": router_state,
             "update": self.num_updates,
-            "threshold": None if self.training else self.moe_config.moe_eval_threshold,
+            "limit": self._limit(tokens),
         }
+
+    def _limit(self, tokens: Tensor) -> Optional[Limit]:
+        """Which of their K experts tokens go without now, drawn anew for every layer."""
+        if not self.training:
+            limit = Limit(threshold=self.moe_config.moe_eval_threshold, top_p=self.moe_config.moe_eval_top_p)
+        elif self._at_largest:
+            return None
+        else:
+            limit = Limit(token_top_k=self.schedule.per_token(self.num_updates, tokens.numel(), tokens.device))
+        return limit if any(one is not None for one in limit) else None
 
     def _embed(self, tokens: Tensor, incremental_state: Optional[Dict[str, Any]]) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, T) -> embeddings (T, B, D) and the padding mask (B, T), None without padding."""

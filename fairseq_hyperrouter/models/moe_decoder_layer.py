@@ -7,7 +7,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import Routing
+from fairseq_hyperrouter.routing import Limit, Routing
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         token_ids: Tensor,
         router_state: Optional[Tensor] = None,
         update: int = 0,
-        threshold: Optional[float] = None,
+        limit: Optional[Limit] = None,
         self_attn_padding_mask: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Tuple[Any, ...]:
@@ -62,7 +62,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             token_ids: (B, T) int64.
             router_state: (T B, S), what the router of the MoE layer below handed on.
             update: how many updates the training has made.
-            threshold: the least probability of an expert that computes, None for no least.
+            limit: which of their K experts tokens go without, in x's order.
             self_attn_padding_mask: (B, T) bool, True at padding.
         """
         padding_mask = None if self_attn_padding_mask is None else self_attn_padding_mask.t()
@@ -72,7 +72,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             "token_ids": token_ids.t(),
             "router_state": router_state,
             "update": update,
-            "threshold": threshold,
+            "limit": limit,
         }
         try:
             stock = super().forward(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)

@@ -9,11 +9,13 @@ from .fixed import FixedRouter
 from .gshard import GShardRouter
 from .hash import HashRouter
 from .hyper import HyperNetwork, HyperRouter
+from .limit import Limit
 from .linear import LinearRouter
 from .noisy_top_k import NoisyTopKRouter
 from .recurrent import RecurrentRouter
 from .relu import ReluRouter
-from .router import ROUTERS, Place, Router, Routing, RoutingContext, register_router
+from .router import ROUTERS, Place, Router, RoutingContext, register_router
+from .routing import Routing
 from .schedule import TopKSchedule
 from .stable import StableRouter
 from .switch import SwitchRouter
@@ -28,6 +30,7 @@ __all__ = [
     "HashRouter",
     "HyperNetwork",
     "HyperRouter",
+    "Limit",
     "LinearRouter",
     "NoisyTopKRouter",
     "Place",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .assignment import balanced_assignment
 from .linear import LinearRouter
-from .router import Routing, RoutingContext, register_router
+from .router import RoutingContext, register_router
+from .routing import Routing
 
 
 @register_router("base")

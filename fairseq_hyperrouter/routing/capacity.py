@@ -5,7 +5,7 @@ Dimensions: T tokens, E experts, K experts per token, N = T K assignments.
 
 import torch
 
-from .router import Routing
+from .routing import Routing
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:

@@ -8,7 +8,8 @@ import math
 from torch import Tensor
 
 from .linear import LinearRouter
-from .router import Routing, RoutingContext, register_router
+from .router import RoutingContext, register_router
+from .routing import Routing
 
 
 @register_router("expert-choice")

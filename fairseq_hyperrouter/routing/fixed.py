@@ -14,6 +14,8 @@ class FixedRouter(LinearRouter):
     The method grows the experts per token during training: ``--moe-top-k-schedule linear``.
     """
 
+    takes = {"moe_router_init_std": "init_std"}
+
     def _add_weights(self, weight: Tensor, bias: Tensor) -> None:
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)

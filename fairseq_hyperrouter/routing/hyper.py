@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Place, Router, RoutingContext, check_init_std, register_router
+from .router import Place, Router, RoutingContext, check_positive, register_router
 
 HYPERNETWORK_INIT_STD = 0.02
 
@@ -61,6 +61,7 @@ class HyperRouter(Router):
     W starts with a standard deviation of about 0.072 at C = H = 256, 3.6 times that of a linear
     router. ``init_std`` sets another one: the embedding's draw is kept and the output of H is
     multiplied by the constant ``scale``, so that W starts with exactly that standard deviation (around 0).
+    With an ``lr_scale`` s the embedding is stored divided by s, so that a step of Adam moves it s times as far.
 
     Args:
         hypernetwork: one to share with other routers; by default the router makes its own.
@@ -72,6 +73,7 @@ class HyperRouter(Router):
 
     takes = {
         "moe_router_init_std": "init_std",
+        "moe_router_lr_scale": "lr_scale",
         "moe_hyper_embed_dim": "embedding_dim",
         "moe_hyper_hidden_dim": "hidden_dim",
         "moe_hyper_shared": "shared",
@@ -86,10 +88,11 @@ class HyperRouter(Router):
         hidden_dim: int = 256,
         hypernetwork: Optional[HyperNetwork] = None,
         init_std: Optional[float] = None,
+        lr_scale: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_experts, **options)
-        check_init_std(init_std)
+        check_positive(init_std=init_std, lr_scale=lr_scale)
         embedding_dim = embed_dim if embedding_dim is None else embedding_dim
         output_dim = num_experts * (embed_dim + 1)
         self._owns_hypernetwork = hypernetwork is None
@@ -101,6 +104,7 @@ class HyperRouter(Router):
                 f"shared hypernetwork maps {found[0]} -> {found[1]}, this router needs {wanted[0]} -> {wanted[1]}"
             )
         self.init_std = init_std
+        self.lr_scale = lr_scale
         self.hypernetwork = hypernetwork
         self.embedding = nn.Parameter(torch.empty(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
@@ -117,7 +121,7 @@ class HyperRouter(Router):
         self.forget()
         if self._owns_hypernetwork:
             self.hypernetwork.reset_parameters(generator)
-        self.embedding.normal_(0.0, 1.0, generator=generator)
+        self.embedding.normal_(0.0, 1.0, generator=generator).div_(self.lr_scale)
         self.scale.fill_(1.0)
         weight, _ = self.generate()
         if not weight.any():
@@ -128,7 +132,7 @@ class HyperRouter(Router):
 
     def generate(self, dtype: torch.dtype = torch.float32) -> Tuple[Tensor, Tensor]:
         """The router's weights: W (E, D) and b (E,)."""
-        generated = self.hypernetwork(self.embedding.to(dtype)) * self.scale.to(dtype)
+        generated = self.hypernetwork(self.embedding.to(dtype) * self.lr_scale) * self.scale.to(dtype)
         weight, bias = generated.view(self.num_experts, self.embed_dim + 1).split((self.embed_dim, 1), dim=1)
         return weight, bias.squeeze(1)
 

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .router import Routing
+from .routing import Routing
 
 
 def num_tokens(routing: Routing) -> Tensor:

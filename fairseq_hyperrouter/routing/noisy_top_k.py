@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import LinearRouter
-from .router import Routing, RoutingContext, register_router
+from .router import RoutingContext, register_router
+from .routing import Routing
 
 LEAST_NOISE = 0.01
 

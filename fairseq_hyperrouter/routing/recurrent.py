@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Place, Router, Routing, RoutingContext, check_init_std, register_router
+from .router import Place, Router, RoutingContext, check_positive, register_router
+from .routing import Routing
 
 
 @register_router("recurrent")
@@ -42,7 +43,7 @@ class RecurrentRouter(Router):
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_experts, **options)
-        check_init_std(init_std)
+        check_positive(init_std=init_std)
         if dim < 1:
             raise UserError(f"recurrent router dim {dim}: must be at least 1")
         self.init_std = 0.02 if init_std is None else init_std

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .linear import LinearRouter
-from .router import Routing, RoutingContext, register_router
+from .router import RoutingContext, register_router
+from .routing import Routing
 
 START, STEP, MOST_STEPS = 1e-8, 1.2, 200
 

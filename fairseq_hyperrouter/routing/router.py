@@ -1,4 +1,4 @@
-"""The abstract router and what it returns.
+"""The abstract router and what it is told.
 
 Dimensions: T tokens, D model, E experts, K experts per token.
 """
@@ -13,13 +13,17 @@ from torch import Tensor
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.inference import InferenceCache
 
+from .limit import Limit
+from .routing import Routing
+
 GATE_SOFTMAX = ("selected", "all", "sigmoid")
 
 
-def check_init_std(init_std: Optional[float]) -> None:
-    """Raise a UserError when *init_std* is given and not positive."""
-    if init_std is not None and not 0 < init_std < math.inf:
-        raise UserError(f"router init_std {init_std}: must be greater than 0, and finite")
+def check_positive(**arguments: Optional[float]) -> None:
+    """Raise a UserError when one of the *arguments* is given and not positive."""
+    for name, value in arguments.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"router {name} {value}: must be greater than 0, and finite")
 
 
 class RoutingContext(NamedTuple):
@@ -37,8 +41,8 @@ class RoutingContext(NamedTuple):
     """How many updates the training has made."""
     experts: Optional[Callable[[], Tensor]] = None
     """() -> (T, E, D), what every expert makes of every token."""
-    threshold: Optional[float] = None
-    """The least probability, by the softmax over all experts, of an expert that computes; None for no least."""
+    limit: Optional[Limit] = None
+    """Which of their K experts tokens go without; None for none."""
 
     def counts(self, logits: Tensor) -> Tensor:
         """(T, 1) in the dtype of the (T, E) logits: 1 for tokens that count, 0 for padding."""
@@ -63,34 +67,6 @@ class Place(NamedTuple):
     updates: int = 0
     """How many updates the training will make; 0 when nobody knows."""
     seed: int = 1
-
-
-class Routing(NamedTuple):
-    """Which experts each token goes to, and with what weight."""
-
-    logits: Tensor
-    """(T, E) router logits, float32."""
-    expert_index: Tensor
-    """(T, K) int64, the chosen experts, best first."""
-    gate: Tensor
-    """(T, K) float32, the weight of each chosen expert's output."""
-    token_mask: Optional[Tensor] = None
-    """(T,) bool, True where the token counts (is not padding); None when every token counts."""
-    kept: Optional[Tensor] = None
-    """(T, K) bool, False where the assignment is not carried out: padding, not chosen, or over the
-    expert's capacity; None when every assignment is carried out."""
-    chosen: Optional[Tensor] = None
-    """(T, K) bool, where tokens have different numbers of experts: False where the place stands for none."""
-    loss: Optional[Tensor] = None
-    """The router's own loss, weighted, 0-dim; None when it has none."""
-    state: Optional[Tensor] = None
-    """(T, S), handed on to the router of the next MoE layer."""
-
-    def chosen_mask(self) -> Tensor:
-        """(T, E) bool: which experts each token chose, those over a capacity included; none for padding."""
-        chosen = torch.ones_like(self.expert_index, dtype=torch.bool) if self.chosen is None else self.chosen
-        chosen = chosen if self.token_mask is None else chosen & self.token_mask[:, None]
-        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, self.expert_index, chosen)
 
 
 class Router(InferenceCache, ABC):
@@ -204,8 +180,8 @@ class Router(InferenceCache, ABC):
             if self.jitter and self.training:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             routing = self.route(x, context)
-            if context.threshold is not None:
-                routing = _over_threshold(routing, context.threshold, renormalise=self.gates_sum_to_1)
+            if context.limit is not None:
+                routing = context.limit.apply(routing, renormalise=self.gates_sum_to_1)
             return _without_padding(routing, context.padding_mask)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
@@ -252,17 +228,6 @@ class Router(InferenceCache, ABC):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_experts={self.num_experts}, gate_softmax={self.gate_softmax}"
-
-
-def _over_threshold(routing: Routing, threshold: float, renormalise: bool) -> Routing:
-    """Keep a token's best expert, and the others whose probability reaches the threshold."""
-    enough = routing.logits.softmax(dim=-1).gather(1, routing.expert_index) >= threshold
-    enough[:, 0] = True
-    chosen = enough if routing.chosen is None else routing.chosen & enough
-    gate = routing.gate * chosen
-    if renormalise:
-        gate = gate / gate.sum(dim=1, keepdim=True)
-    return routing._replace(chosen=chosen, gate=gate)
 
 
 def _without_padding(routing: Routing, padding_mask: Optional[Tensor]) -> Routing:

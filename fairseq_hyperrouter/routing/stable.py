@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fairseq_hyperrouter.errors import UserError
 
 from .linear import LinearRouter
-from .router import Place, Routing, RoutingContext, register_router
+from .router import Place, RoutingContext, register_router
+from .routing import Routing
 
 
 @register_router("stable")

@@ -160,23 +160,26 @@ def test_loss_free_balancing_moves_the_load_toward_uniform():
     assert torch.equal(fresh.balancing_bias(), router.balancing_bias())
 
 
-@pytest.mark.parametrize("gate_softmax", ["selected", "all"])
-def test_threshold(gate_softmax):
-    """Those of the K whose probability reaches it, and always the best; their gates sum to 1 where gates do."""
-    router, x = LinearRouter(8, 6, init_std=1.0, gate_softmax=gate_softmax), torch.randn(40, 8)
-    routing, plain = router(x, RoutingContext(4, threshold=0.2)), router(x, RoutingContext(4))
-    probability = plain.logits.softmax(-1)
-    for token, (index, kept, gate) in enumerate(zip(routing.expert_index, routing.kept, routing.gate)):
-        expected = [place == 0 or probability[token, expert] >= 0.2 for place, expert in enumerate(index.tolist())]
-        assert kept.tolist() == expected
-        logits = plain.logits[token, index[kept]]
-        wanted = logits.softmax(-1) if gate_softmax == "selected" else probability[token, index[kept]]
-        torch.testing.assert_close(gate[kept], wanted)
-    assert 40 < routing.kept.sum() < 160
-
-
 @pytest.mark.parametrize("name", ["hash", "base", "stable", "relu", "expert-choice"])
 def test_loss_free_balancing_is_refused_where_it_would_do_nothing(name):
     config = MoEConfig(moe_router=name, moe_expert_count=4, moe_loss_free_rate=0.1)
     with pytest.raises(UserError, match=r"--moe-loss-free-rate 0.1: \w+ selects in its own way"):
         ROUTERS[name].from_config(config, Place(8, vocabulary=10, updates=10))
+
+
+@pytest.mark.parametrize("name", ["smoe", "hyperrouter", "noisy-top-k"])
+def test_lr_scale(name):
+    """The same router at the start; a step of Adam moves what it computes with ten times as far."""
+    x, moved = torch.randn(50, 6), {}
+    for scale in (None, 10.0):
+        config = MoEConfig(moe_router=name, moe_expert_count=4, moe_router_lr_scale=scale)
+        router = ROUTERS[name].from_config(config, Place(6))
+        router.reset_parameters(torch.Generator().manual_seed(1))
+        optimizer = torch.optim.Adam(router.parameters(), lr=1e-5, eps=1e-30)
+        before = router.logits(x, RoutingContext(2))
+        (before * torch.linspace(0.5, 1.5, 4)).sum().backward()
+        optimizer.step()
+        router.forget()
+        moved[scale] = before.detach(), router.logits(x, RoutingContext(2)).detach() - before.detach()
+    torch.testing.assert_close(moved[10.0][0], moved[None][0])
+    torch.testing.assert_close(moved[10.0][1], 10 * moved[None][1], rtol=0.02, atol=1e-6)

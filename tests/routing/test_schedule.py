@@ -2,6 +2,7 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,11 +99,41 @@ def test_elastic_draws_every_choice_alike(choices):
     assert all(0.7 < n * len(expected) / 4000 < 1.3 for n in count.values())
 
 
+def test_elastic_weights():
+    """A number given three times in four is drawn three times in four."""
+    schedule = elastic(choices=[1, 16, 16, 16])
+    assert 0.72 < sum(schedule(t) == 16 for t in range(4000)) / 4000 < 0.78
+
+
+def test_elastic_per_token():
+    schedule = elastic(choices=[1, 2, 4, 4], per="token")
+    assert schedule(0) == 4 and elastic().per_token(0, 9, torch.device("cpu")) is None
+    torch.manual_seed(0)
+    draws = schedule.per_token(0, 4000, torch.device("cpu"))
+    assert set(draws.tolist()) == {1, 2, 4} and 0.45 < (draws == 4).float().mean() < 0.55
+    torch.manual_seed(0)
+    assert torch.equal(draws, schedule.per_token(0, 4000, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("per", ["layer", "token"])
+def test_elastic_with_a_start_grows(per):
+    """At update t of 100 nothing above 2 + 14 t / 100 is drawn, and in the end everything."""
+    schedule = elastic(start=2, updates=100, per=per)
+
+    def drawn(t):
+        of_tokens = schedule.per_token(t, 500, torch.device("cpu"))
+        return set(of_tokens.tolist()) if per == "token" else {schedule(t, layer) for layer in range(500)}
+
+    assert [drawn(t) for t in (0, 50, 100, 200)] == [set(range(1, bound + 1)) for bound in (2, 9, 16, 16)]
+    assert elastic(start=2, updates=9, choices=[4, 8, 16])(0) == 4
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"name": "sinus"}, r"--moe-top-k-schedule 'sinus': choose from constant, linear, .*elastic"),
-        ({"name": "elastic", "per": "token"}, r"--moe-elastic-per 'token': choose from update, layer"),
+        ({"name": "elastic", "per": "day"}, r"--moe-elastic-per 'day': choose from update, layer, token"),
+        ({"name": "elastic", "start": 2}, r"--moe-top-k-schedule elastic: .*--max-update.* at least 1"),
         ({"name": "linear"}, r"--moe-top-k-schedule linear: .*--max-update.* at least 1"),
         ({"name": "steps", "updates": -1}, r"--moe-top-k-schedule steps: .* at least 1"),
         (
@@ -135,6 +166,7 @@ def test_a_k_below_one_is_refused(options):
         (TopKSchedule("linear", end=16, start=8, updates=9), "linear 8 -> 16 over 9 updates"),
         (elastic(), "elastic, drawn from 1..16 per layer"),
         (elastic(choices=(1, 2), per="update"), "elastic, drawn from 1,2 per update"),
+        (elastic(start=1, updates=9), "elastic, drawn from 1..16 per layer, up to 1 -> 16 over 9 updates"),
     ],
 )
 def test_says_what_it_does(schedule, text):

@@ -1,0 +1,40 @@
+"""How a token may go to fewer than K experts.
+
+Dimensions: T tokens, E experts, K experts per token at most.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+
+class Limit(NamedTuple):
+    """Which of its K experts a token keeps; always the best. Where several limits are given, all hold."""
+
+    threshold: Optional[float] = None
+    """Those whose probability, by the softmax over all E, is at least this."""
+    top_p: Optional[float] = None
+    """The fewest whose probabilities add up to this: the more the less a router is sure (arXiv 2403.07652)."""
+    token_top_k: Optional[Tensor] = None
+    """(T,) int64: this many."""
+
+    def apply(self, routing: Routing, renormalise: bool) -> Routing:
+        """*routing* with the experts that are kept; their gates add up to 1 again when *renormalise*."""
+        keep = torch.ones_like(routing.expert_index, dtype=torch.bool)
+        if self.token_top_k is not None:
+            keep &= torch.arange(keep.size(1), device=keep.device) < self.token_top_k[:, None]
+        if self.threshold is not None or self.top_p is not None:
+            probability = routing.logits.softmax(dim=-1).gather(1, routing.expert_index)
+            if self.threshold is not None:
+                keep &= probability >= self.threshold
+            if self.top_p is not None:
+                keep &= probability.cumsum(1) - probability < self.top_p
+        keep[:, 0] = True
+        chosen = keep if routing.chosen is None else routing.chosen & keep
+        gate = routing.gate * chosen
+        if renormalise:
+            gate = gate / gate.sum(dim=1, keepdim=True)
+        return routing._replace(chosen=chosen, gate=gate)
