@@ -21,6 +21,8 @@ setup(
         "sacrebleu",
         "numpy",
         "matplotlib",
+        "pyyaml",
+        "tqdm",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scipy", "tensorboardX"]},
     entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.command:main"]},

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -62,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="as in fairseq-train DATA ...")
     launch.set_defaults(run=_launch)
 
+    experiment = subcommands.add_parser("experiment", help="train and evaluate the runs that a file names")
+    experiment.add_argument("file", type=Path, metavar="FILE", help="as those in examples/paper")
+    experiment.add_argument("--setting", metavar="NAME", help="which of the file's settings (default: the first)")
+    experiment.add_argument("--data", metavar="DATA", help="folder made by fairseq-preprocess (default: the setting's)")
+    experiment.add_argument("--seeds", metavar="N,N", help="as in 1,2,3 (default: the setting's)")
+    experiment.add_argument(
+        "--out", type=Path, metavar="DIR", help="where everything goes (default: runs/NAME OF THE FILE/SETTING)"
+    )
+    experiment.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    experiment.add_argument("--cpu", action="store_true", help="use no GPU")
+    experiment.set_defaults(run=_experiment)
+
     user_dir = subcommands.add_parser("user-dir", help="print the path for fairseq's --user-dir")
     user_dir.set_defaults(run=_user_dir)
     return parser
@@ -100,6 +113,27 @@ def _launch(args: argparse.Namespace) -> int:
     if not args.command:
         raise UserError("launch: needs a command, as in fairseq-train DATA ...")
     return launch(args.workers, args.command)
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    from .config import parse_ints
+    from .data_folder import check_folders
+    from .experiments import read_experiment, run_experiment
+
+    seeds = None if args.seeds is None else parse_ints("--seeds", args.seeds)
+    experiment = read_experiment(args.file, args.setting, seeds)
+    data = args.data or experiment.data
+    if data is None:
+        raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
+    check_folders(data)
+    out = args.out or Path("runs", args.file.stem, experiment.setting)
+    command = shlex.join(["fairseq-hyperrouter", *sys.argv[1:]])
+    failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command)
+    if (out / "results.md").exists():
+        print((out / "results.md").read_text())
+        for kind in ("json", "md", "png"):
+            print(f"wrote {out}/results.{kind}")
+    return 1 if failed else 0
 
 
 def _user_dir(args: argparse.Namespace) -> int:

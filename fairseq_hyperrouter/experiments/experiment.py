@@ -1,0 +1,164 @@
+"""What an experiment is: a file that names its runs, the options of each, and where it is evaluated.
+
+    title: What the table is about
+    metric: perplexity              # or bits_per_character
+    at: [1, 2, 4, 8, 16]            # experts per token at inference
+    logged: [train_wps]             # more columns, from what the trainings logged last
+    options: {task: hyperrouter, lr: 0.001, share-decoder-input-output-embed: true, ...}
+    runs:
+      SMoE: {moe-router: smoe}
+      HyperRouter, k = 1: {moe-router: hyperrouter, moe-top-k: 1, row: specialists, at: [1]}
+    settings:
+      scaled: {data: data-bin/wikitext-2, seeds: [1, 2, 3], options: {max-update: 2000}}
+
+Options are those of fairseq-train without their dashes: ``true`` gives a flag, ``null`` takes one of the shared ones
+away. A run's go before a setting's, and those before the shared ones. Runs of one ``row`` fill one row of the table
+together, each at its own ``at``.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import yaml
+
+from fairseq_hyperrouter.errors import UserError
+
+METRICS = ("perplexity", "bits_per_character", "bits_per_token")
+CHECKPOINTS = ("last", "best")
+_FILE = {"title", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
+_SETTING = {"data", "seeds", "options", "evaluation"}
+_GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
+"""Options that the runner gives itself."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    name: str
+    row: str
+    seed: int
+    at: Tuple[int, ...]
+    options: Tuple[str, ...]
+    """Arguments of fairseq-train."""
+    updates: int
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder."""
+        return f"{re.sub(r'[^a-z0-9.]+', '-', self.name.lower()).strip('-')}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of one setting, and how their results are shown."""
+
+    title: str
+    setting: str
+    metric: str
+    logged: Tuple[str, ...]
+    checkpoint: str
+    data: Optional[str]
+    evaluation: Tuple[str, ...]
+    """Arguments of ``fairseq-hyperrouter sweep``."""
+    runs: Tuple[Run, ...]
+
+
+def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[Sequence[int]] = None) -> Experiment:
+    """Read and check the file; *setting* by default its only or first one, *seeds* those of the setting.
+
+    Raises:
+        UserError (a ValueError): naming file, place and what is allowed.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"FILE {path}: {error.strerror.lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"FILE {path}: is no YAML: {' '.join(str(error).split())}") from None
+    _check_keys(path, "", content, _FILE, needed=("title", "runs", "settings"))
+    settings = _mapping(path, "settings", content["settings"])
+    setting = next(iter(settings)) if setting is None else setting
+    if setting not in settings:
+        raise UserError(f"--setting {setting}: {path} has {', '.join(map(str, settings))}")
+    chosen = settings[setting]
+    _check_keys(path, f"settings: {setting}", chosen, _SETTING)
+    metric, checkpoint = content.get("metric", METRICS[0]), content.get("checkpoint", CHECKPOINTS[0])
+    for key, value, allowed in (("metric", metric, METRICS), ("checkpoint", checkpoint, CHECKPOINTS)):
+        if value not in allowed:
+            raise UserError(f"{path}: {key} {value}: choose from {', '.join(allowed)}")
+    shared = {**_options(path, "options", content), **_options(path, f"settings: {setting}", chosen)}
+    top_k = _numbers(path, "at", content.get("at", [1, 2, 4, 8, 16]))
+    seeds = _numbers(path, "seeds", chosen.get("seeds", [1])) if seeds is None else tuple(seeds)
+    runs: List[Run] = []
+    for name, own in _mapping(path, "runs", content["runs"]).items():
+        own = dict(_mapping(path, f"runs: {name}", own or {}))
+        row, at = str(own.pop("row", name)), _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)))
+        options = {**shared, **_checked(path, f"runs: {name}", own)}
+        updates = options.get("max-update")
+        if not isinstance(updates, int) or updates < 1:
+            raise UserError(f"{path}: runs: {name}: max-update {updates}: must be a number of updates")
+        runs += [Run(str(name), row, seed, at, as_arguments(options), updates) for seed in seeds]
+    folders = [run.folder for run in runs]
+    for run in runs:
+        if folders.count(run.folder) > 1:
+            raise UserError(f"{path}: runs: {run.name}: another run would have the same folder, {run.folder}")
+    evaluation = {**content.get("evaluation", {}), **chosen.get("evaluation", {})}
+    return Experiment(
+        str(content["title"]),
+        str(setting),
+        metric,
+        tuple(content.get("logged", ())),
+        checkpoint,
+        chosen.get("data"),
+        as_arguments(evaluation),
+        tuple(runs),
+    )
+
+
+def as_arguments(options: Mapping[str, Any]) -> Tuple[str, ...]:
+    """{"lr": 0.1, "cpu": True, "bf16": None} -> ("--lr", "0.1", "--cpu")"""
+    arguments: List[str] = []
+    for name, value in options.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None and value is not False:
+            arguments += [f"--{name}", str(value)]
+    return tuple(arguments)
+
+
+def _options(path: Path, place: str, part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _checked(path, place, part.get("options") or {})
+
+
+def _checked(path: Path, place: str, options: Any) -> Mapping[str, Any]:
+    for name, value in _mapping(path, place, options).items():
+        if name in _GIVEN:
+            raise UserError(f"{path}: {place}: {name}: is the runner's to give, leave it out")
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{path}: {place}: {name}: must be one value, as in the command line")
+    return {str(name).replace("_", "-"): value for name, value in options.items()}
+
+
+def _mapping(path: Path, place: str, value: Any) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {place}: must be names with values, as in a: 1")
+    return value
+
+
+def _numbers(path: Path, place: str, value: Any) -> Tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+        raise UserError(f"{path}: {place} {value}: must be a list of whole numbers, as in [1, 2]")
+    return tuple(value)
+
+
+def _check_keys(path: Path, place: str, value: Any, known: Any, needed: Sequence[str] = ()) -> None:
+    place = f"{place}: " if place else ""
+    for key in _mapping(path, place, value):
+        if key not in known:
+            raise UserError(f"{path}: {place}{key}: no such entry, choose from {', '.join(sorted(known))}")
+    for key in needed:
+        if key not in value:
+            raise UserError(f"{path}: {place}{key}: is missing")

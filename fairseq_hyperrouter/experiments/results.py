@@ -1,0 +1,150 @@
+"""The results of an experiment as numbers, table and picture."""
+
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+from fairseq_hyperrouter.analysis.table import markdown_table
+
+from .experiment import Experiment, Run
+
+DENSE = None
+"""Stands for k in the results of a model without experts."""
+
+
+class Result(NamedTuple):
+    """What a run came to."""
+
+    run: Run
+    sweep: Sequence[Dict[str, Any]]
+    """Rows of ``fairseq-hyperrouter sweep``."""
+    logged: Dict[str, float]
+    """What its training logged last."""
+
+
+def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
+    """Write results.json, .md and .png into *folder* and return their paths."""
+    if not results:
+        return []
+    content = {
+        "title": experiment.title,
+        "setting": experiment.setting,
+        "command": command,
+        "machine": _machine(),
+        "runs": [
+            {
+                "name": result.run.name,
+                "row": result.run.row,
+                "seed": result.run.seed,
+                "updates": result.run.updates,
+                "options": result.run.options,
+                "sweep": [{**row, "checkpoint": Path(row["checkpoint"]).name} for row in result.sweep],
+                "logged": result.logged,
+            }
+            for result in results
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "results.md").write_text(markdown(experiment, results, command) + "\n")
+    _plot(experiment, results, folder / "results.png")
+    return [folder / f"results.{kind}" for kind in ("json", "md", "png")]
+
+
+def markdown(experiment: Experiment, results: Sequence[Result], command: str) -> str:
+    """The table, with what it is about above it: metric at every k, mean ± standard deviation over the seeds."""
+    values = collected(experiment, results)
+    top_k = sorted({k for row in values.values() for k in row if k is not DENSE})
+    head = [f"{experiment.metric.replace('_', ' ')} at k =", *map(str, top_k), *map(_column, experiment.logged)]
+    rows = [head]
+    for row, at in values.items():
+        cells = [_cell(at.get(k, ())) for k in top_k]
+        if DENSE in at:
+            cells = [f"{_cell(at[DENSE])} (dense)", *[""] * (len(top_k) - 1)] if top_k else [_cell(at[DENSE])]
+        own = [result.logged for result in results if result.run.row == row]
+        logged = [_cell([one[name] for one in own if name in one]) for name in experiment.logged]
+        rows.append([row, *cells, *logged])
+    seeds = sorted({result.run.seed for result in results})
+    updates = sorted({result.run.updates for result in results})
+    about = [
+        f"**{experiment.title}** ({experiment.setting}; {_listed('seed', seeds)}; {' or '.join(map(str, updates))} "
+        f"updates; {_machine()}). Mean ± standard deviation over the seeds.",
+        f"`{command}`" if command else "",
+        markdown_table(rows),
+    ]
+    return "\n\n".join(part for part in about if part)
+
+
+def collected(experiment: Experiment, results: Sequence[Result]) -> Dict[str, Dict[Optional[int], Tuple[float, ...]]]:
+    """{row: {k: the metric of every seed}}, in the order of the file."""
+    values: Dict[str, Dict[Optional[int], Tuple[float, ...]]] = {}
+    for result in results:
+        row = values.setdefault(result.run.row, {})
+        for found in result.sweep:
+            row[found["top_k"]] = (*row.get(found["top_k"], ()), found[experiment.metric])
+    return values
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    digits = 0 if mean >= 1000 else 2 if mean >= 10 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{spread}"
+
+
+def _column(name: str) -> str:
+    return name.replace("train_wps", "training tokens/s").replace("valid_moe_", "").replace("_", " ")
+
+
+def _listed(what: str, numbers: Sequence[int]) -> str:
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
+    return f"{device}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _plot(experiment: Experiment, results: Sequence[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    ticks = set()
+    for row, at in collected(experiment, results).items():
+        if DENSE in at:
+            axes.axhline(statistics.fmean(at[DENSE]), linestyle="--", color="gray", label=row)
+            continue
+        top_k = sorted(at)
+        ticks.update(top_k)
+        mean = [statistics.fmean(at[k]) for k in top_k]
+        spread = [statistics.stdev(at[k]) if len(at[k]) > 1 else 0.0 for k in top_k]
+        axes.errorbar(top_k, mean, spread, marker="o", capsize=3, label=row)
+    axes.set(xlabel="experts per token at inference", ylabel=experiment.metric.replace("_", " "))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(matplotlib.ticker.ScalarFormatter())
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(experiment.title, fontsize="medium")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,227 @@
+"""Run an experiment: train what is missing, resume what was interrupted, evaluate, write the results."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+from tqdm import tqdm
+
+from fairseq_hyperrouter.errors import UserError
+
+from .experiment import Experiment, Run
+from .results import Result, write_results
+
+USER_DIR = Path(__file__).parents[1]
+OPTIONS, LOGGED, SWEEP = "options.json", "logged.json", "sweep.json"
+
+
+def run_experiment(
+    experiment: Experiment, data: str, out: Path, *, jobs: int = 1, cpu: bool = False, command: str = ""
+) -> int:
+    """Do all that is not done yet and return how many runs failed.
+
+    1. Every run has a folder in *out*. One that holds its results is done; one that holds a checkpoint goes on there.
+    2. ``fairseq-train`` in a process of its own, *jobs* at a time, each with its share of the threads; then
+       ``fairseq-hyperrouter sweep`` at the experts per token that the file names.
+    3. After every run, and at the end: *out*/results.json, .md and .png of what is done.
+
+    A run that fails is reported and the others go on. Whatever ends the runner, the next one continues; a training
+    that outlives its runner is waited for, not started a second time.
+
+    Raises:
+        UserError (a ValueError): a folder that holds a run with other options.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    for run in experiment.runs:
+        _check_folder(out / run.folder, run, data)
+    workers = _Workers(experiment, data, out, threads=max(1, (os.cpu_count() or 1) // jobs), cpu=cpu)
+    failures: List[str] = []
+    with workers.ended_with_this(), _progress(experiment.runs, out) as bar, ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(workers.complete, run): run for run in experiment.runs}
+        try:
+            for future in as_completed(futures):
+                failure = future.result()
+                if failure:
+                    failures.append(failure)
+                    bar.write(failure, file=sys.stderr)
+                write_results(experiment, results(experiment, out), out, command)
+        except BaseException:
+            workers.end()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return len(failures)
+
+
+def results(experiment: Experiment, out: Path) -> List[Result]:
+    """What the runs that are done came to."""
+    found = []
+    for run in experiment.runs:
+        folder = out / run.folder
+        if (folder / SWEEP).exists():
+            logged = json.loads((folder / LOGGED).read_text())
+            found.append(Result(run, json.loads((folder / SWEEP).read_text()), logged))
+    return found
+
+
+def _check_folder(folder: Path, run: Run, data: str) -> None:
+    """Write down the run's options; a UserError where other ones are written down already."""
+    options = {"data": str(Path(data).resolve()), "at": list(run.at), "arguments": list(run.options)}
+    file = folder / OPTIONS
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, options)
+        return
+    before = json.loads(file.read_text())
+    if before["arguments"] != options["arguments"] or before["data"] != options["data"]:
+        changed = sorted(set(_pairs(before)) ^ set(_pairs(options)))
+        raise UserError(f"{folder}: holds a run with other options ({', '.join(changed)}): move it, or give --out")
+    if before["at"] != options["at"]:  # evaluated anew
+        (folder / SWEEP).unlink(missing_ok=True)
+        _write(file, options)
+
+
+def _pairs(options: Dict[str, Any]) -> List[str]:
+    text = " ".join(options["arguments"])
+    return [f"data {options['data']}", *(f"--{part.strip()}" for part in text.split("--") if part.strip())]
+
+
+def _write(path: Path, content: Any) -> None:
+    """A file that is there is whole."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+class _Workers:
+    """The processes of the runs that are being worked on."""
+
+    def __init__(self, experiment: Experiment, data: str, out: Path, threads: int, cpu: bool) -> None:
+        self.experiment, self.data, self.out, self.cpu = experiment, data, out, cpu
+        self.environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **os.environ}
+        self.processes: List[subprocess.Popen] = []
+        self.lock = threading.Lock()
+        self.ending = False
+
+    def complete(self, run: Run) -> str:
+        """Do what is missing of *run*; what went wrong, or nothing."""
+        folder = self.out / run.folder
+        with open(folder / "lock", "w") as lock:
+            # The training inherits the lock, and holds it as long as it lives.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / LOGGED).exists():
+                failure = self._run(run, self._training(run), folder / "train.log", lock.fileno())
+                if failure:
+                    return failure
+                _write(folder / LOGGED, _last_logged((folder / "train.log").read_text(errors="replace")))
+            if not (folder / SWEEP).exists():
+                return self._run(run, self._evaluation(run), folder / "sweep.log", lock.fileno())
+        return ""
+
+    def _training(self, run: Run) -> List[str]:
+        device = ["--cpu"] if self.cpu else []
+        given = ["--user-dir", USER_DIR, "--save-dir", self.out / run.folder, "--seed", run.seed, *device]
+        defaults = ["--log-format", "json", "--log-interval", "20", "--no-epoch-checkpoints"]
+        return ["-m", "fairseq_cli.train", self.data, *defaults, *run.options, *map(str, given)]
+
+    def _evaluation(self, run: Run) -> List[str]:
+        folder = self.out / run.folder
+        checkpoint = folder / f"checkpoint_{self.experiment.checkpoint}.pt"
+        where = ["--top-k", ",".join(map(str, run.at)), "--out", str(folder), *(["--cpu"] if self.cpu else [])]
+        command = ["-m", "fairseq_hyperrouter.command", "sweep", str(checkpoint), self.data]
+        return [*command, *where, *self.experiment.evaluation]
+
+    def _run(self, run: Run, arguments: Sequence[str], log: Path, lock: int) -> str:
+        with open(log, "a") as file:
+            with self.lock:
+                if self.ending:
+                    return ""
+                process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(lock,),
+                )
+                self.processes.append(process)
+            status = process.wait()
+        if status == 0 or self.ending:
+            return ""
+        lines = log.read_text(errors="replace").strip().splitlines() or [""]
+        return f"{run.name}, seed {run.seed}: {lines[-1]}   (exit status {status}, log: {log})"
+
+    def end(self) -> None:
+        with self.lock:
+            self.ending = True
+            for process in self.processes:
+                if process.poll() is None:
+                    process.terminate()
+
+    @contextlib.contextmanager
+    def ended_with_this(self) -> Iterator[None]:
+        """A runner that is told to end ends its trainings."""
+
+        def on_signal(number: int, _: Any) -> None:
+            raise SystemExit(128 + number)
+
+        before = signal.signal(signal.SIGTERM, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _last_logged(log: str) -> Dict[str, float]:
+    """What ``--log-format json`` printed last of every metric, in numbers."""
+    logged: Dict[str, Any] = {}
+    for line in re.findall(r"\| (?:train|valid) \| (\{.*\})", log):
+        logged.update(json.loads(line))
+    return {name: float(value) for name, value in logged.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _progress(runs: Sequence[Run], out: Path) -> Iterator[tqdm]:
+    """A bar of the updates of all runs; tqdm tells the time left."""
+    done = {run: _updates_done(run, out) for run in runs}
+    ended = threading.Event()
+    with tqdm(total=sum(run.updates for run in runs), initial=sum(done.values()), unit="update", miniters=1) as bar:
+
+        def watch() -> None:
+            while not ended.wait(1.0):
+                for run in runs:
+                    if done[run] < run.updates:
+                        now = _updates_done(run, out)
+                        bar.update(now - done[run])
+                        done[run] = now
+                bar.set_postfix_str(f"{sum((out / run.folder / SWEEP).exists() for run in runs)}/{len(runs)} runs done")
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _updates_done(run: Run, out: Path) -> int:
+    folder = out / run.folder
+    if (folder / LOGGED).exists():
+        return run.updates
+    log = folder / "train.log"
+    if not log.exists():
+        return 0
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
+        found = re.findall(rb'num_updates": "(\d+)"', file.read())
+    return min(int(found[-1]), run.updates) if found else 0
