@@ -102,6 +102,10 @@ def _write(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
+class _Ended(Exception):
+    """The runner is ending."""
+
+
 class _Workers:
     """The processes of the runs that are being worked on."""
 
@@ -144,7 +148,7 @@ class _Workers:
         with open(log, "a") as file:
             with self.lock:
                 if self.ending:
-                    return ""
+                    raise _Ended
                 process = subprocess.Popen(
                     [sys.executable, *arguments],
                     env=self.environment,
@@ -155,8 +159,10 @@ class _Workers:
                 )
                 self.processes.append(process)
             status = process.wait()
-        if status == 0 or self.ending:
+        if status == 0:
             return ""
+        if self.ending:
+            raise _Ended
         lines = log.read_text(errors="replace").strip().splitlines() or [""]
         return f"{run.name}, seed {run.seed}: {lines[-1]}   (exit status {status}, log: {log})"
 
