@@ -22,6 +22,7 @@ from .results import Result, write_results
 
 USER_DIR = Path(__file__).parents[1]
 OPTIONS, LOGGED, SWEEP = "options.json", "logged.json", "sweep.json"
+STARTED = "# started by fairseq-hyperrouter experiment"
 
 
 def run_experiment(
@@ -146,6 +147,7 @@ class _Workers:
 
     def _run(self, run: Run, arguments: Sequence[str], log: Path, lock: int) -> str:
         with open(log, "a") as file:
+            print(STARTED, file=file, flush=True)
             with self.lock:
                 if self.ending:
                     raise _Ended
@@ -198,17 +200,16 @@ def _last_logged(log: str) -> Dict[str, float]:
 @contextlib.contextmanager
 def _progress(runs: Sequence[Run], out: Path) -> Iterator[tqdm]:
     """A bar of the updates of all runs; tqdm tells the time left."""
-    done = {run: _updates_done(run, out) for run in runs}
+    done = {run: _updates_saved(run, out) for run in runs}
     ended = threading.Event()
     with tqdm(total=sum(run.updates for run in runs), initial=sum(done.values()), unit="update", miniters=1) as bar:
 
         def watch() -> None:
             while not ended.wait(1.0):
                 for run in runs:
-                    if done[run] < run.updates:
-                        now = _updates_done(run, out)
-                        bar.update(now - done[run])
-                        done[run] = now
+                    now = _updates_done(run, out)
+                    bar.update(max(0, now - done[run]))
+                    done[run] = max(now, done[run])
                 bar.set_postfix_str(f"{sum((out / run.folder / SWEEP).exists() for run in runs)}/{len(runs)} runs done")
 
         watcher = threading.Thread(target=watch, daemon=True)
@@ -220,14 +221,23 @@ def _progress(runs: Sequence[Run], out: Path) -> Iterator[tqdm]:
             watcher.join()
 
 
-def _updates_done(run: Run, out: Path) -> int:
-    folder = out / run.folder
-    if (folder / LOGGED).exists():
+def _updates_saved(run: Run, out: Path) -> int:
+    """Where a training goes on."""
+    if (out / run.folder / LOGGED).exists():
         return run.updates
-    log = folder / "train.log"
+    names = [path.stem.split("_")[-1] for path in (out / run.folder).glob("checkpoint_*_*.pt")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _updates_done(run: Run, out: Path) -> int:
+    """Where a training is, by its log."""
+    if (out / run.folder / LOGGED).exists():
+        return run.updates
+    log = out / run.folder / "train.log"
     if not log.exists():
         return 0
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
-        found = re.findall(rb'num_updates": "(\d+)"', file.read())
+    with open(log, errors="replace") as file:
+        file.seek(max(0, os.path.getsize(log) - 5000))
+        newest = file.read().rpartition(STARTED)[2]
+    found = re.findall(r'num_updates": "(\d+)"', newest)
     return min(int(found[-1]), run.updates) if found else 0
