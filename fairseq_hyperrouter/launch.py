@@ -46,7 +46,7 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
         before = signal.signal(signal.SIGTERM, _end)
         try:
             for rank, log in enumerate([None, *logs]):
-                arguments = [_program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in command[0])]
+                arguments = [program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in command[0])]
                 processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
             first = _first_failure(processes)
             if first is None:
@@ -84,12 +84,12 @@ def worker_options(workers: int, port: int, hydra: bool = False) -> List[str]:
     ]
 
 
-def _program(name: str) -> str:
-    """The fairseq of this environment, where it has it."""
+def program(name: str) -> str:
+    """The path of a console command of this environment."""
     here = Path(sys.executable).with_name(name)
     if here.exists() or os.sep in name:
         return str(here if here.exists() else name)
-    raise UserError(f"launch {name}: no such command beside {sys.executable}")
+    raise UserError(f"{name}: no such command beside {sys.executable}")
 
 
 def free_port() -> int:

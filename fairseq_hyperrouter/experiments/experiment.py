@@ -83,7 +83,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     setting = next(iter(settings)) if setting is None else setting
     if setting not in settings:
         raise UserError(f"--setting {setting}: {path} has {', '.join(map(str, settings))}")
-    chosen = settings[setting]
+    chosen = settings[setting] or {}
     _check_keys(path, f"settings: {setting}", chosen, _SETTING)
     metric, checkpoint = content.get("metric", METRICS[0]), content.get("checkpoint", CHECKPOINTS[0])
     for key, value, allowed in (("metric", metric, METRICS), ("checkpoint", checkpoint, CHECKPOINTS)):

@@ -16,13 +16,14 @@ from typing import Any, Dict, Iterator, List, Sequence
 from tqdm import tqdm
 
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.launch import program
 
 from .experiment import Experiment, Run
 from .results import Result, write_results
 
 USER_DIR = Path(__file__).parents[1]
 OPTIONS, LOGGED, SWEEP = "options.json", "logged.json", "sweep.json"
-STARTED = "# started by fairseq-hyperrouter experiment"
+STARTED, DONE = "# started by fairseq-hyperrouter experiment", "done training in"
 
 
 def run_experiment(
@@ -123,11 +124,14 @@ class _Workers:
         with open(folder / "lock", "w") as lock:
             # The training inherits the lock, and holds it as long as it lives.
             fcntl.flock(lock, fcntl.LOCK_EX)
+            log = folder / "train.log"
             if not (folder / LOGGED).exists():
-                failure = self._run(run, self._training(run), folder / "train.log", lock.fileno())
-                if failure:
-                    return failure
-                _write(folder / LOGGED, _last_logged((folder / "train.log").read_text(errors="replace")))
+                # Started again, a finished training would make one more update.
+                if DONE not in _since_start(log):
+                    failure = self._run(run, self._training(run), log, lock.fileno())
+                    if failure:
+                        return failure
+                _write(folder / LOGGED, _last_logged(log.read_text(errors="replace")))
             if not (folder / SWEEP).exists():
                 return self._run(run, self._evaluation(run), folder / "sweep.log", lock.fileno())
         return ""
@@ -136,13 +140,13 @@ class _Workers:
         device = ["--cpu"] if self.cpu else []
         given = ["--user-dir", USER_DIR, "--save-dir", self.out / run.folder, "--seed", run.seed, *device]
         defaults = ["--log-format", "json", "--log-interval", "20", "--no-epoch-checkpoints"]
-        return ["-m", "fairseq_cli.train", self.data, *defaults, *run.options, *map(str, given)]
+        return [program("fairseq-train"), self.data, *defaults, *run.options, *map(str, given)]
 
     def _evaluation(self, run: Run) -> List[str]:
         folder = self.out / run.folder
         checkpoint = folder / f"checkpoint_{self.experiment.checkpoint}.pt"
         where = ["--top-k", ",".join(map(str, run.at)), "--out", str(folder), *(["--cpu"] if self.cpu else [])]
-        command = ["-m", "fairseq_hyperrouter.command", "sweep", str(checkpoint), self.data]
+        command = [program("fairseq-hyperrouter"), "sweep", str(checkpoint), self.data]
         return [*command, *where, *self.experiment.evaluation]
 
     def _run(self, run: Run, arguments: Sequence[str], log: Path, lock: int) -> str:
@@ -152,7 +156,7 @@ class _Workers:
                 if self.ending:
                     raise _Ended
                 process = subprocess.Popen(
-                    [sys.executable, *arguments],
+                    arguments,
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
@@ -233,11 +237,14 @@ def _updates_done(run: Run, out: Path) -> int:
     """Where a training is, by its log."""
     if (out / run.folder / LOGGED).exists():
         return run.updates
-    log = out / run.folder / "train.log"
+    found = re.findall(r'num_updates": "(\d+)"', _since_start(out / run.folder / "train.log"))
+    return min(int(found[-1]), run.updates) if found else 0
+
+
+def _since_start(log: Path) -> str:
+    """The end of what the newest training wrote."""
     if not log.exists():
-        return 0
+        return ""
     with open(log, errors="replace") as file:
         file.seek(max(0, os.path.getsize(log) - 5000))
-        newest = file.read().rpartition(STARTED)[2]
-    found = re.findall(r'num_updates": "(\d+)"', newest)
-    return min(int(found[-1]), run.updates) if found else 0
+        return file.read().rpartition(STARTED)[2]

@@ -1,0 +1,117 @@
+"""``fairseq-hyperrouter experiment``: trains, survives being killed, goes on, reports."""
+
+import json
+import signal
+import time
+
+import pytest
+import yaml
+
+from tests import commands
+from tests.commands import load, popen
+
+UPDATES = 60
+
+
+def options(arguments):
+    """["--lr", "0.1", "--cpu"] -> {"lr": "0.1", "cpu": True}"""
+    found, name = {}, None
+    for argument in map(str, arguments):
+        if argument.startswith("--"):
+            name = argument[2:]
+            found[name] = True
+        else:
+            found[name] = argument
+    return found
+
+
+@pytest.fixture
+def file(tmp_path):
+    """write(**changes) -> an experiment's file."""
+
+    def write(runs=None, **more):
+        shared = options([*commands.TASK, *commands.MODEL, *commands.CRITERION, *commands.OPTIMIZER])
+        given = {"batch-size": 4, "num-workers": 0, "disable-validation": True, "log-interval": 1}
+        content = {
+            "title": "Two models",
+            "at": [1, 8],
+            "options": {
+                **shared,
+                **given,
+                **{"save-interval-updates": 5, "keep-interval-updates": 1, "max-update": UPDATES},
+            },
+            "runs": runs or {"smoe": {"moe-router": "smoe"}},
+            "settings": {"tiny": {}},
+            **more,
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+def arguments(file, data, out, *more):
+    return ["-m", "fairseq_hyperrouter.command", "experiment", file, "--data", data, "--out", out, "--cpu", *more]
+
+
+def experiment(*args):
+    command, module, *rest = arguments(*args)
+    return commands.run(f"{command} {module}", *rest, check=False)
+
+
+def perplexities(out):
+    content = json.loads((out / "results.json").read_text())
+    return {run["name"]: [row["perplexity"] for row in run["sweep"]] for run in content["runs"]}
+
+
+def test_trains_evaluates_and_reports(file, data, tmp_path):
+    """Two at a time; one fails, the other's results are there; once more: only what is missing."""
+    stock = {**dict.fromkeys(("moe-expert-count",)), "task": "language_modeling", "criterion": "cross_entropy"}
+    runs = {
+        "dense": {**stock, "arch": "transformer_lm", "max-update": 3},
+        "smoe": {"moe-router": "smoe", "max-update": 3},
+        "bad": {"moe-router": "best", "max-update": 3},
+    }
+    out = tmp_path / "out"
+    result = experiment(file(runs), data, out, "--jobs", "2")
+    assert result.code == 1 and "Traceback" not in result.log
+    assert "bad, seed 1: fairseq-train: error: --moe-router 'best': choose from" in result.err
+    found = perplexities(out)
+    assert set(found) == {"dense", "smoe"} and len(found["smoe"]) == 2
+    assert f"wrote {out}/results.png" in result.out and "| smoe |" in result.out.replace("  ", "")
+    before = (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime
+    del runs["bad"]
+    again = experiment(file(runs), data, out)
+    assert again.code == 0 and perplexities(out) == found
+    assert (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime == before
+
+    runs["smoe"]["lr"] = 0.5
+    refused = experiment(file(runs), data, out)
+    assert refused.code == 1 and "smoe-seed1: holds a run with other options (--lr 0.01, --lr 0.5)" in refused.last_line
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
+def test_goes_on_after_a_kill(file, data, tmp_path, number):
+    """A training that outlives its runner is waited for; the model is that of an experiment nobody disturbed."""
+    path, out, undisturbed = file(), tmp_path / "out", tmp_path / "undisturbed"
+    process = popen(*_split(arguments(path, data, out)))
+    until = time.monotonic() + 60
+    while not list((out / "smoe-seed1").glob("checkpoint_1_*.pt")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=30) != 0
+    assert not (out / "smoe-seed1" / "logged.json").exists()
+    assert experiment(path, data, out).code == 0
+    log = (out / "smoe-seed1" / "train.log").read_text()
+    assert ("Loaded checkpoint" in log) == (number != signal.SIGKILL)
+    assert experiment(path, data, undisturbed).code == 0
+    assert perplexities(out) == perplexities(undisturbed)
+    folders = [folder / "smoe-seed1" / "checkpoint_last.pt" for folder in (out, undisturbed)]
+    models = [load(path)["model"] for path in folders]
+    assert all((models[0][name] == models[1][name]).all() for name in models[0])
+
+
+def _split(arguments):
+    return [" ".join(arguments[:2]), *arguments[2:]]

@@ -1,0 +1,84 @@
+"""What an experiment's file may say."""
+
+import pytest
+import yaml
+
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.experiments import read_experiment
+from fairseq_hyperrouter.experiments.experiment import as_arguments
+
+CONTENT = {
+    "title": "Routers",
+    "metric": "bits_per_character",
+    "at": [1, 2],
+    "options": {"task": "hyperrouter", "lr": 0.1, "max-update": 10, "cpu": True},
+    "runs": {
+        "SMoE": {"moe-router": "smoe"},
+        "Hyper (k = 1)": {"moe_router": "hyperrouter", "lr": None, "row": "specialists", "at": [1]},
+    },
+    "settings": {
+        "small": {"data": "data-bin/small", "seeds": [1, 2], "options": {"max-update": 5}},
+        "large": None,
+    },
+    "evaluation": {"batch-size": 4},
+}
+
+
+def written(tmp_path, **changes):
+    path = tmp_path / "some.yaml"
+    path.write_text(yaml.safe_dump({**CONTENT, **changes}, sort_keys=False))
+    return path
+
+
+def test_runs(tmp_path):
+    """A run's options go before a setting's, and those before the shared ones; one run per seed."""
+    experiment = read_experiment(written(tmp_path))
+    assert (experiment.setting, experiment.metric, experiment.data) == ("small", "bits_per_character", "data-bin/small")
+    assert experiment.evaluation == ("--batch-size", "4")
+    smoe, smoe2, hyper, _ = experiment.runs
+    assert (smoe.name, smoe.row, smoe.seed, smoe.at, smoe.updates) == ("SMoE", "SMoE", 1, (1, 2), 5)
+    shared = ("--task", "hyperrouter", "--lr", "0.1", "--max-update", "5", "--cpu")
+    assert smoe.options == smoe2.options == (*shared, "--moe-router", "smoe")
+    assert (hyper.row, hyper.at, hyper.folder) == ("specialists", (1,), "hyper-k-1-seed1")
+    assert hyper.options == ("--task", "hyperrouter", "--max-update", "5", "--cpu", "--moe-router", "hyperrouter")
+    large = read_experiment(written(tmp_path), "large", seeds=[7])
+    assert [(run.seed, run.updates) for run in large.runs] == [(7, 10), (7, 10)]
+
+
+def test_as_arguments():
+    assert as_arguments({"lr": 0.1, "cpu": True, "bf16": None, "amp": False}) == ("--lr", "0.1", "--cpu")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"titel": "x"}, r"titel: no such entry, choose from at, checkpoint, evaluation"),
+        ({"runs": ["a"]}, r"runs: must be names with values"),
+        ({"metric": "loss"}, r"metric loss: choose from perplexity, bits_per_character, bits_per_token"),
+        ({"at": 3}, r"at 3: must be a list of whole numbers"),
+        ({"at": []}, r"at \[\]: must be a list"),
+        ({"options": {"seed": 3}}, r"options: seed: is the runner's to give"),
+        ({"options": {"lr": [1]}}, r"options: lr: must be one value"),
+        ({"options": {}, "settings": {"a": {}}}, r"runs: SMoE: max-update None: must be a number of updates"),
+        ({"runs": {"a b": {}, "A-B": {}}}, r"runs: a b: another run would have the same folder, a-b-seed1"),
+        ({"settings": {"a": {"sedes": [1]}}}, r"settings: a: sedes: no such entry, choose from data"),
+    ],
+    ids=str,
+)
+def test_mistakes(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_experiment(written(tmp_path, **changes))
+
+
+def test_mistakes_about_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"--setting huge: .*some.yaml has small, large"):
+        read_experiment(written(tmp_path), "huge")
+    with pytest.raises(UserError, match=r"no.yaml: no such file"):
+        read_experiment(tmp_path / "no.yaml")
+    path = written(tmp_path)
+    path.write_text("a: [")
+    with pytest.raises(UserError, match=r"some.yaml: is no YAML: while parsing"):
+        read_experiment(path)
+    path.write_text("title: x")
+    with pytest.raises(UserError, match=r"some.yaml: runs: is missing"):
+        read_experiment(path)
