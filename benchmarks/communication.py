@@ -41,18 +41,18 @@ def main() -> None:
                 [workers, K, round(sent / tokens), round(on_paper), step * 1e3, exchanging / step, replicated * 1e3]
             )
     paper = [
-        ["workers", "k", "bytes per token, float32", "bfloat16", "the same, all experts on every worker: gradients"]
+        ["workers", "k", "tokens, float32", "tokens, bfloat16", "and gradients", "experts on every worker: gradients"]
     ]
-    gradients = 4 * EXPERTS * (2 * D * HIDDEN + D + HIDDEN)
     for workers in ON_PAPER:
         for K in TOP_KS:
             size = min(workers, EXPERTS)
             both = (round(bytes_per_token(size, K, D, bytes_)) for bytes_ in (4, 2))
-            paper.append([workers, K, *both, round(2 * (workers - 1) / workers * gradients / tokens)])
+            groups = round(gradient_bytes_per_token(EXPERTS // size, workers // size, tokens))
+            paper.append([workers, K, *both, groups, round(gradient_bytes_per_token(EXPERTS, workers, tokens))])
     shape = f"one MoE layer, forward and backward, {tokens} tokens per worker, d {D}, F {HIDDEN}, E {EXPERTS}"
     tables = {
         f"Measured: {shape}, float32": rows,
-        f"On paper, P = min(W, E): {shape}": paper,
+        f"On paper, bytes per token, P = min(W, E): {shape}": paper,
     }
     report("communication", tables, details)
 
@@ -64,6 +64,11 @@ def bytes_per_token(size: int, K: int, width: int, bytes_: int = 4) -> float:
     of it stays.
     """
     return (4 * K * width * bytes_ + 2 * K * 4) * (size - 1) / size
+
+
+def gradient_bytes_per_token(experts: int, replicas: int, tokens: int) -> float:
+    """What a worker sends of the float32 gradients of its experts, which *replicas* workers add up, once per update."""
+    return 2 * experts * (2 * D * HIDDEN + D + HIDDEN) * 4 * (replicas - 1) / (replicas * tokens)
 
 
 def _on_workers(workers: int, tokens: int, repeats: int) -> List[Any]:

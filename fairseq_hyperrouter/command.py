@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where to write sweep.json, sweep.md, sweep.png (default: %(default)s)",
     )
+    sweep.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoints were trained with one")
     sweep.add_argument("--cpu", action="store_true", help="use no GPU")
     sweep.set_defaults(run=_sweep)
 
@@ -84,6 +85,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from .analysis.sweep import markdown, sweep, write
     from .config import parse_ints
 
+    _import_user_dir(args.user_dir)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, must be a folder")
     rows = []
@@ -105,6 +107,14 @@ def _sweep(args: argparse.Namespace) -> int:
             for path in write(rows, args.out):
                 print(f"wrote {path}")
     return 0
+
+
+def _import_user_dir(path: Optional[str]) -> None:
+    from fairseq.utils import import_user_module
+
+    if path is not None and not os.path.isdir(path):
+        raise UserError(f"--user-dir {path}: no such folder")
+    import_user_module(argparse.Namespace(user_dir=path))
 
 
 def _launch(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ is a bug, and keeps its traceback.
 """
 
 import ast
+import errno
 import os
 import re
 import sys
@@ -85,6 +86,8 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         return f"dict.txt of DATA is damaged: {text}"
     if isinstance(error, (IsADirectoryError, NotADirectoryError, PermissionError)):
         return f"{error.filename}: {str(error.strerror).lower()}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'writing'}: {str(error.strerror).lower()}; what was saved before is whole"
     if isinstance(error, FileNotFoundError):
         if error.filename is None:
             return f"{text}; data folders are made by fairseq-preprocess"

@@ -260,10 +260,17 @@ class MoEConfig(FairseqDataclass):
             raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
 
     def _check_router(self) -> None:
-        weight = self.moe_router_loss_wt
-        if weight is not None and not 0 <= weight < math.inf:
-            raise UserError(f"--moe-router-loss-wt {weight}: must be at least 0, and finite")
+        for name in ("moe_router_loss_wt", "moe_loss_free_rate", "moe_similarity_wt"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{option_name(name)} {value}: must be at least 0, and finite")
+        if not 0 <= self.moe_router_jitter < 1:
+            raise UserError(f"--moe-router-jitter {self.moe_router_jitter}: must be at least 0 and below 1")
         router = ROUTERS[self.moe_router]
+        if self.moe_loss_free_rate and not router.selects_by_logits:
+            raise UserError(f"--moe-loss-free-rate {self.moe_loss_free_rate}: {self.moe_router} selects in its own way")
+        if self.moe_router == "switch" and self.moe_gate_softmax == "sigmoid":
+            raise UserError("--moe-gate-softmax sigmoid: switch's gates are a softmax over all experts")
         for name in sorted({name for other in ROUTERS.values() for name in other.takes} - set(router.takes)):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")

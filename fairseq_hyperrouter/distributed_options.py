@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .command_line import running_command
 from .errors import UserError
 from .routing import ROUTERS
 
@@ -32,6 +33,19 @@ def check_workers(cfg: Any) -> None:
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and number_of_workers() > 1 and backend not in ("legacy_ddp", "no_c10d"):
         raise UserError(f"--ddp-backend {backend}: stock fairseq needs GPUs for it; on CPUs choose legacy_ddp")
+
+
+def check_evaluation_workers(task: str) -> None:
+    """Raise a UserError where several workers would print the loss of a share of the set, or could not add theirs up.
+
+    Args:
+        task: its name in the registry.
+    """
+    command = running_command()
+    if number_of_workers() > 1 and command == "eval_lm" and task != "hyperrouter":
+        raise UserError(f"--task {task}: each of several workers would print the loss of its share, give hyperrouter")
+    if number_of_workers() > 1 and command == "validate" and not torch.cuda.is_available():
+        raise UserError("fairseq-validate: stock fairseq adds up over GPUs only, use one process on CPUs")
 
 
 def check_expert_parallel(cfg: Any, size: int) -> None:

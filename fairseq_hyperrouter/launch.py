@@ -32,18 +32,21 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
     if workers < 1:
         raise UserError(f"launch {workers}: must be at least 1 worker")
     command = list(command[1:] if command[0] == "--" else command)
-    for option in command:
-        if option.startswith("--distributed"):
-            raise UserError(f"launch: gives {option.partition('=')[0]} itself, leave it out")
+    given = {option.partition("=")[0].lstrip("-+") for option in command if option[0] in "-+" or "=" in option}
+    for option in sorted(given):
+        if option.startswith(("distributed-", "distributed_training.distributed_")):
+            raise UserError(f"launch: gives {option} itself, leave it out")
     shared = worker_options(workers, free_port(), hydra="hydra" in command[0])
-    if any(option.partition("=")[0] == "--ddp-backend" for option in command):
+    if "ddp-backend" in given:
         at = shared.index("--ddp-backend")
         del shared[at : at + 2]
+    if "distributed_training.ddp_backend" in given:
+        shared.remove("distributed_training.ddp_backend=legacy_ddp")
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
     with ExitStack() as stack:
         logs: List[IO[str]] = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, workers)]
         processes: List[subprocess.Popen] = []
-        before = signal.signal(signal.SIGTERM, _end)
+        before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             for rank, log in enumerate([None, *logs]):
                 arguments = [program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in command[0])]
@@ -55,7 +58,8 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
             return _report(first, processes, logs)
         finally:
             _stop(processes)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _end(number: int, _: object) -> None:

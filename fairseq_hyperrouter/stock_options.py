@@ -8,6 +8,7 @@ from .checkpoints import check_same_model, repair, restored_checkpoint
 from .config import parse_ints
 from .distributed_options import check_workers
 from .errors import UserError, option_name
+from .routing import ROUTERS
 
 
 def check_model_options(args: Any, num_symbols: int) -> None:
@@ -84,6 +85,30 @@ def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
         if restored is not None:
             repair(restored)
             check_same_model(restored, cfg.model)
+
+
+def check_routing_parts(cfg: Any, task: Any) -> None:
+    """Raise a UserError where a part of the training that the routers need is missing.
+
+    The criterion must add their losses and log their loads; the task must tell them the loads.
+    """
+    moe, router = cfg.model, ROUTERS.get(cfg.model.moe_router)
+    if router is None:  # the decoder's to refuse
+        return
+    hears_load = moe.moe_loss_free_rate or router.learns_from_load
+    for option, is_needed in (
+        (f"--moe-loss-free-rate {moe.moe_loss_free_rate}", moe.moe_loss_free_rate),
+        (f"--moe-similarity-wt {moe.moe_similarity_wt}", moe.moe_similarity_wt),
+        (f"--moe-router {moe.moe_router}", router.has_loss or router.learns_from_load),
+    ):
+        if is_needed and hears_load and not hasattr(task, "update_load"):
+            raise UserError(f"{option}: needs --task hyperrouter")
+        if is_needed and cfg.criterion._name != "moe_cross_entropy":
+            raise UserError(f"{option}: needs --criterion moe_cross_entropy")
+    stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
+    if "moe_stage1_updates" in router.takes and (not updates if stage1 is None else 0 < updates <= stage1):
+        given = "must be given" if stage1 is None else f"{stage1}: must be below --max-update ({updates})"
+        raise UserError(f"--moe-stage1-updates {given}" + (" without --max-update" if stage1 is None else ""))
 
 
 def _check_trainer(cfg: Any) -> None:

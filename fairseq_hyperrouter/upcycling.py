@@ -9,19 +9,43 @@ import torch
 from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
-from .checkpoints import saved_tensors
-from .errors import UserError
+from .checkpoints import read_model_cfg, restored_checkpoint, saved_tensors
+from .errors import UserError, option_name
 from .moe_layer import MoELayer
 
 logger = logging.getLogger(__name__)
 OPTION = "--moe-upcycle-from"
 
 
-def check_upcycling(moe: Any) -> None:
-    """Raise a UserError for options with which the first output would not be the dense model's."""
-    path = moe.moe_upcycle_from
-    if moe.moe_shared_experts:
+MEANING = (
+    *("activation_fn", "decoder_attention_heads", "decoder_normalize_before", "no_decoder_final_norm"),
+    *("no_scale_embedding", "no_token_positional_embeddings", "decoder_learned_pos", "layernorm_embedding"),
+    *("decoder_xformers_att_config", "scale_attn", "scale_heads", "scale_resids"),
+)
+"""Stock options that change what the same tensors compute."""
+
+
+def check_upcycling(cfg: Any) -> bool:
+    """Whether a training with this whole config starts from a dense model; not when it resumes one of its own.
+
+    Raises:
+        UserError (a ValueError): an option with which the first output would not be the dense model's.
+    """
+    path, model = cfg.model.moe_upcycle_from, cfg.model
+    if cfg.checkpoint.finetune_from_model:
+        raise UserError(f"{OPTION} {path}: not together with --finetune-from-model, which would replace it")
+    if restored_checkpoint(cfg.checkpoint) is not None:
+        return False
+    if model.moe_shared_experts:
         raise UserError(f"{OPTION} {path}: not together with --moe-shared-experts, they would come on top")
+    if not Path(path).is_file():
+        raise UserError(f"{OPTION} {path}: no such file" if not Path(path).exists() else f"{OPTION} {path}: no file")
+    dense = read_model_cfg(Path(path))
+    for name in MEANING:
+        here = getattr(model, name, None)
+        if name in dense and (dense[name] or None) != (here or None):
+            raise UserError(f"{option_name(name)} {here}: {OPTION} {path} was trained with {dense[name]}, give that")
+    return True
 
 
 def upcycle(model: nn.Module, path: str) -> None:
@@ -33,10 +57,8 @@ def upcycle(model: nn.Module, path: str) -> None:
     Gates that sum to 1 then make the model compute what the dense one computes, for every k.
 
     Raises:
-        UserError (a ValueError): no such file, or a checkpoint whose tensors do not fit, the first of which is named.
+        UserError (a ValueError): a checkpoint whose tensors do not fit, the first of which is named.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{OPTION} {path}: no such file")
     dense: Dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(path)["model"]
     if not all(layer.router.gates_sum_to_1 for layer in model.modules() if isinstance(layer, MoELayer)):
         gates = "--moe-gate-softmax selected, and no router with gates of its own"

@@ -2,7 +2,7 @@
 
 import re
 
-from tests.commands import REPO, train_arguments
+from tests.commands import REPO, sweep, train_arguments
 
 EXAMPLE = (REPO / "docs" / "adding_a_router.md").read_text(encoding="utf-8")
 
@@ -17,3 +17,6 @@ def test_a_router_of_your_own(preloaded, data, tmp_path):
     result = preloaded.run("fairseq-train", *arguments, "--user-dir", package)
     assert result.code == 0, result.log[-3000:]
     assert len(result.losses()) == 3 and result.losses()[-1] < result.losses()[0]
+    where = ["--user-dir", package, "--top-k", "1,8", "--out", tmp_path / "sweep"]
+    swept = sweep(tmp_path / "checkpoints" / "checkpoint_last.pt", data, *where)
+    assert "sweep.md" in swept.out

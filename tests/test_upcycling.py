@@ -1,11 +1,12 @@
 """An upcycled model computes what the dense one computes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import UserError, upcycling
-from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
 from tests.tiny import ADAPTIVE, DECODER_ROUTERS, tiny_model, tiny_sample
 
@@ -59,8 +60,6 @@ def test_another_model(tmp_path, options, message):
 
 def test_mistakes(tmp_path):
     sparse = tiny_model()
-    with pytest.raises(UserError, match="--moe-upcycle-from nowhere: no such file"):
-        upcycle(sparse, "nowhere")
     torch.save({"model": sparse.state_dict()}, tmp_path / "sparse.pt")
     with pytest.raises(UserError, match="has experts already"):
         upcycle(sparse, str(tmp_path / "sparse.pt"))
@@ -68,5 +67,35 @@ def test_mistakes(tmp_path):
     for options in ({"moe_router": "base"}, {"moe_router": "switch"}, {"moe_gate_softmax": "all"}):
         with pytest.raises(UserError, match="needs gates that sum to 1"):
             upcycle(tiny_model(**options), path)
-    with pytest.raises(UserError, match="not together with --moe-shared-experts"):
-        check_upcycling(MoEConfig(moe_upcycle_from="x.pt", moe_shared_experts=1))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"moe_upcycle_from": "nowhere"}, "--moe-upcycle-from nowhere: no such file"),
+        ({"moe_upcycle_from": "."}, "--moe-upcycle-from .: no file"),
+        ({"moe_shared_experts": 1}, "not together with --moe-shared-experts"),
+        ({"finetune_from_model": "x.pt"}, "not together with --finetune-from-model"),
+        ({"activation_fn": "gelu"}, r"--activation-fn gelu: --moe-upcycle-from .* was trained with relu, give that"),
+        ({"decoder_attention_heads": 4}, r"--decoder-attention-heads 4: .* was trained with 2, give that"),
+        ({"decoder_normalize_before": False}, r"--decoder-normalize-before False: .* was trained with True"),
+    ],
+    ids=str,
+)
+def test_a_model_that_would_compute_something_else(tmp_path, changes, message):
+    """What the shapes of the tensors do not show is in the dense checkpoint's own options."""
+    path = tmp_path / "dense.pt"
+    options = {"activation_fn": "relu", "decoder_attention_heads": 2, "decoder_normalize_before": True}
+    torch.save({"model": {}, "cfg": {"model": {"_name": "transformer_lm", **options}}}, path)
+    checkpoint = SimpleNamespace(
+        finetune_from_model=changes.pop("finetune_from_model", None),
+        restore_file="checkpoint_last.pt",
+        save_dir=str(tmp_path / "new"),
+        continue_once=None,
+    )
+    model = SimpleNamespace(**{"moe_upcycle_from": str(path), "moe_shared_experts": 0, **options, **changes})
+    with pytest.raises(UserError, match=message):
+        check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))
+    model = SimpleNamespace(moe_upcycle_from=str(path), moe_shared_experts=0, **options)
+    checkpoint.finetune_from_model = None
+    assert check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))

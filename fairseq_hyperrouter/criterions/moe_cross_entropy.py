@@ -71,7 +71,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             loss = self._distilled(model, net_output, sample, loss)
         if self.training and reduce and routings:
             counts = not sample.get("is_dummy", False)
-            auxiliary = auxiliary_loss(routings, logging_output["moe_load"] * counts, self.cfg)
+            sums = {name: value * counts for name, value in logging_output.items() if name.startswith("moe_")}
+            auxiliary = auxiliary_loss(routings, sums, self.cfg)
             loss = loss if auxiliary is None else loss + sample_size * auxiliary
         return loss, sample_size, logging_output
 

@@ -41,8 +41,8 @@ class RoutingLossConfig(FairseqDataclass):
     moe_balance_batch: str = field(
         default="local",
         metadata={
-            "help": "the tokens that the balance loss counts the experts' shares f over: those of each worker's own "
-            "micro-batch (local), or those of all workers (global)"
+            "help": "the tokens that the balance and the mutual information loss count the experts' shares over: those "
+            "of each worker's own micro-batch (local), or those of all workers (global)"
         },
     )
 
@@ -55,31 +55,39 @@ class RoutingLossConfig(FairseqDataclass):
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: must be at least 0, and finite")
 
 
-def auxiliary_loss(routings: Routings, loads: Tensor, cfg: RoutingLossConfig) -> Optional[Tensor]:
+def auxiliary_loss(routings: Routings, sums: Dict[str, Tensor], cfg: RoutingLossConfig) -> Optional[Tensor]:
     """The weighted auxiliary losses and the routers' own, averaged over the layers that ran; None when there are none.
 
     Args:
-        loads: (L, E) tokens per expert of this micro-batch. With ``moe_balance_batch`` global (arXiv 2501.11873) those
-            of all workers are added up, so all must call this together.
+        sums: ``routing_sums`` of this micro-batch. With ``moe_balance_batch`` global (arXiv 2501.11873) those of all
+            workers are added up, so all must call this together.
     """
-    if cfg.moe_gate_loss_wt > 0 and cfg.moe_balance_batch == "global" and number_of_workers() > 1:
-        loads = loads.clone()
-        dist.all_reduce(loads)
-    ran = [(routing, load) for routing, load in zip(routings, loads) if routing is not None]
+    load, probability, tokens = (sums[name] for name in ("moe_load", "moe_probability", "moe_tokens"))
+    balances = cfg.moe_gate_loss_wt > 0 or cfg.moe_mi_loss_wt > 0
+    if balances and cfg.moe_balance_batch == "global" and number_of_workers() > 1:
+        load, probability, tokens = (_over_workers(one) for one in (load, probability, tokens))
+    share = probability / tokens[:, None].clamp(min=1)
+    ran = [(routing, layer) for layer, routing in enumerate(routings) if routing is not None]
     total = None
     for weight, loss in (
-        (cfg.moe_gate_loss_wt, losses.balance_loss),
+        (cfg.moe_gate_loss_wt, lambda routing, layer: losses.balance_loss(routing, load[layer])),
         (cfg.moe_z_loss_wt, lambda routing, _: losses.z_loss(routing)),
-        (cfg.moe_mi_loss_wt, lambda routing, _: losses.mutual_information_loss(routing)),
+        (cfg.moe_mi_loss_wt, lambda routing, layer: losses.mutual_information_loss(routing, share[layer])),
     ):
         if weight > 0 and ran:
-            mean = weight * torch.stack([loss(routing, load) for routing, load in ran]).mean()
+            mean = weight * torch.stack([loss(routing, layer) for routing, layer in ran]).mean()
             total = mean if total is None else total + mean
     own = [routing.loss for routing, _ in ran if routing.loss is not None]
     if own:
         mean = torch.stack(own).sum() / len(ran)
         total = mean if total is None else total + mean
     return total
+
+
+def _over_workers(one: Tensor) -> Tensor:
+    one = one.clone()
+    dist.all_reduce(one)
+    return one
 
 
 @torch.no_grad()

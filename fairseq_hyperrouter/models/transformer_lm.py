@@ -18,17 +18,16 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import check_readable, restored_checkpoint, shape_difference, whole_tensors
+from fairseq_hyperrouter.checkpoints import check_readable, shape_difference, whole_tensors
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
 from fairseq_hyperrouter.data_folder import check_folders
-from fairseq_hyperrouter.distributed_options import check_expert_parallel
+from fairseq_hyperrouter.distributed_options import check_evaluation_workers, check_expert_parallel
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
-from fairseq_hyperrouter.routing import ROUTERS
-from fairseq_hyperrouter.stock_options import check_model_options, check_training
+from fairseq_hyperrouter.stock_options import check_model_options, check_routing_parts, check_training
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
 
 from .moe_decoder import MoEDecoder
@@ -63,9 +62,8 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             check_training(args._get_parent())
         moe = HyperRouterLanguageModelConfig.from_namespace(args)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
-        router = ROUTERS.get(moe.moe_router)  # one that does not exist is the decoder's to refuse
-        if is_training and (moe.moe_loss_free_rate or (router is not None and router.learns_from_load)):
-            _check_tells_load(args, task)
+        if is_training:
+            check_routing_parts(args._get_parent(), task)
         if divides:
             check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
         if args.decoder_layers_to_keep:
@@ -88,8 +86,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         if divides:
             divide_experts(args._get_parent(), model)
-        if is_training and moe.moe_upcycle_from and restored_checkpoint(args._get_parent().checkpoint) is None:
-            check_upcycling(moe)
+        if is_training and moe.moe_upcycle_from and check_upcycling(args._get_parent()):
             upcycle(model, moe.moe_upcycle_from)
         return model
 
@@ -130,6 +127,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         length, longest = safe_getattr(cfg.task, "tokens_per_sample", 0), self.max_positions()
         if running_command() == "eval_lm" and length > longest:
             raise UserError(f"--tokens-per-sample {length}: this model takes at most {longest}, give that")
+        check_evaluation_workers(cfg.task._name)
         check_override_names("--model-overrides", ast.literal_eval(cfg.common_eval.model_overrides))
         super().prepare_for_inference_(cfg)
 
@@ -140,16 +138,6 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
         """Evaluate with *top_k* experts per token inside the ``with`` block."""
         return self.decoder.at_top_k(top_k)
-
-
-def _check_tells_load(args: Any, task: Any) -> None:
-    """Raise a UserError where nobody would tell the routers how many tokens their experts had."""
-    option = f"--moe-loss-free-rate {args.moe_loss_free_rate}" if args.moe_loss_free_rate else None
-    option = option or f"--moe-router {args.moe_router}"
-    if not hasattr(task, "update_load"):
-        raise UserError(f"{option}: needs --task hyperrouter")
-    if args._get_parent().criterion._name != "moe_cross_entropy":
-        raise UserError(f"{option}: needs --criterion moe_cross_entropy")
 
 
 def check_override_names(where: str, overrides: Dict[str, Any]) -> None:

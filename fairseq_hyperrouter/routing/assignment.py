@@ -13,6 +13,7 @@ ROUNDS = 500
 def balanced_assignment(scores: Tensor) -> Tensor:
     """Give every expert T / E tokens, or one more where that is no whole number, so that the sum of scores is large.
 
+    0. Take off the mean of every expert's scores, which moves the totals of all balanced assignments alike.
     1. Every token without an expert bids for the one where score less price is best: as much as it could pay and still
        not prefer its second best, and a little more.
     2. An expert keeps the highest bids that it has room for; when it is full its price is the lowest of them.
@@ -30,6 +31,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     room = torch.full((experts,), tokens // experts, device=scores.device)
     room[scores.sum(0).topk(tokens % experts).indices] += 1
     scores = scores.double()
+    scores = scores - scores.mean(0) - (scores - scores.mean(0)).mean(1, keepdim=True)
     least_raise = max((scores.max() - scores.min()).item() / 1000, 1e-9)
     expert = torch.full((tokens,), -1, dtype=torch.long, device=scores.device)
     bid = torch.zeros(tokens, dtype=scores.dtype, device=scores.device)

@@ -35,6 +35,7 @@ class CompeteRouter(LinearRouter):
     3. Otherwise, and always outside training: the K largest of z = x W^T + b.
     """
 
+    has_loss = True
     takes = {
         **LinearRouter.takes,
         "moe_router_loss_wt": "loss_weight",

@@ -35,7 +35,9 @@ class HashRouter(Router):
         super().__init__(embed_dim, num_experts, **options)
         if vocabulary < 1:
             raise UserError(f"hash router vocabulary {vocabulary}: must be at least 1")
-        self.register_buffer("table", torch.empty(vocabulary, num_experts, dtype=torch.int16))
+        # the smallest whole numbers that gloo and NCCL send, as the trainer does on a resume
+        whole = torch.uint8 if num_experts <= 256 else torch.int32
+        self.register_buffer("table", torch.empty(vocabulary, num_experts, dtype=whole))
         self.reset_parameters()
 
     @classmethod

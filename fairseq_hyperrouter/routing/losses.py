@@ -70,13 +70,18 @@ def z_loss(routing: Routing) -> Tensor:
     return z_sum(routing) / num_tokens(routing).clamp(min=1.0)
 
 
-def mutual_information_loss(routing: Routing) -> Tensor:
+def mutual_information_loss(routing: Routing, share: Optional[Tensor] = None) -> Tensor:
     """-H(mean p) + mean H(p), p the softmax over all E experts (DS-MoE, arXiv 2404.05567).
 
     Lowest, -ln E, when every token is sure of its expert and all experts are used evenly.
+
+    Args:
+        share: (E,), the mean p of more tokens that these are some of, to take in the place of their own; its gradient
+            is theirs. Averaged over the workers by tokens, the gradient is then that of all tokens together.
     """
     tokens = num_tokens(routing).clamp(min=1.0)
     mean = probability_sum(routing) / tokens
+    mean = mean if share is None else mean + (share - mean).detach()
     log = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # whose gradient at 0 is not NaN
     return (mean * log).sum() + entropy_sum(routing) / tokens
 

@@ -28,6 +28,7 @@ class NoisyTopKRouter(LinearRouter):
        of the other entries. With K = E every expert is always chosen and the load is left out.
     """
 
+    has_loss = True
     takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = 0.1, **options: Any) -> None:

@@ -28,6 +28,7 @@ class ReluRouter(LinearRouter):
     """
 
     learns_from_load = True
+    has_loss = True
     takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
     selects_by_logits = False
     own_gates = True

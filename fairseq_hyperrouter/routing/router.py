@@ -86,6 +86,7 @@ class Router(InferenceCache, ABC):
     Class attributes say what a method cannot do without:
 
     - ``trains_with``: the only K it can be trained with; ``needs_token_ids``; ``learns_from_load``: ``after_update``;
+    - ``has_loss``: of its own, in its Routings, which the criterion must add;
     - ``hands_on_state``: to the layer above, with which it shares parameters;
     - ``looks_ahead``: the choice for a token depends on later ones, so not in a causal decoder;
 
@@ -105,6 +106,7 @@ class Router(InferenceCache, ABC):
     hands_on_state = False
     looks_ahead = False
     learns_from_load = False
+    has_loss = False
     selects_by_logits = True
     own_gates = False
     takes: Mapping[str, str] = {}
@@ -136,7 +138,7 @@ class Router(InferenceCache, ABC):
         self.loss_free_rate = loss_free_rate
         if loss_free_rate:
             if not self.selects_by_logits:
-                raise UserError(f"--moe-loss-free-rate {loss_free_rate}: {type(self).__name__} selects in its own way")
+                raise UserError(f"loss_free_rate {loss_free_rate}: {type(self).__name__} selects in its own way")
             self.learns_from_load = True
             # whole numbers: a half precision model would lose steps of 0.001
             self.register_buffer("balancing_steps", torch.zeros(num_experts, dtype=torch.long))

@@ -34,6 +34,7 @@ class StableRouter(LinearRouter):
     selects_by_logits = False
     own_gates = True
     needs_token_ids = True
+    has_loss = True
     takes = {
         **LinearRouter.takes,
         "moe_router_dim": "dim",

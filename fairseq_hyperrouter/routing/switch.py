@@ -2,6 +2,8 @@
 
 from typing import Any, Dict
 
+from fairseq_hyperrouter.errors import UserError
+
 from .linear import LinearRouter
 from .router import Place, register_router
 
@@ -14,6 +16,11 @@ class SwitchRouter(LinearRouter):
     Its other parts are options of every router: ``--moe-top-k 1``, ``--moe-capacity-factor``, ``--moe-router-jitter``
     and the balance loss, ``--moe-gate-loss-wt 0.01``.
     """
+
+    def __init__(self, embed_dim: int, num_experts: int, *, gate_softmax: str = "all", **options: Any) -> None:
+        if gate_softmax != "all":
+            raise UserError(f"gate_softmax {gate_softmax}: switch's gates are a softmax over all experts")
+        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax, **options)
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.data_folder import check_folders, check_split
-from fairseq_hyperrouter.distributed_options import number_of_workers
+from fairseq_hyperrouter.distributed_options import check_evaluation_workers, number_of_workers
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.stock_options import check_training
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
@@ -113,7 +113,7 @@ class HyperRouterTask(LanguageModelingTask):
         What they print is then its loss, and not that of one worker's share. fairseq-validate divides the work.
         """
         if number_of_workers() > 1:
-            logger.warning("fairseq-eval-lm: every worker evaluates the whole set; fairseq-validate divides it")
+            logger.warning("fairseq-eval-lm: every worker evaluates the whole set; fairseq-validate on GPUs divides it")
             kwargs.update(num_shards=1, shard_id=0)
         return super().eval_lm_dataloader(*args, **kwargs)
 
@@ -124,6 +124,7 @@ class HyperRouterTask(LanguageModelingTask):
             raise UserError(f"--best-checkpoint-metric {name}: choose from {', '.join(logged)}")
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        check_evaluation_workers("hyperrouter")
         paths = utils.split_paths(self.args.data)
         if self.args.dataset_impl in (None, "mmap"):
             check_split(os.path.join(paths[(epoch - 1) % len(paths)], split), len(self.dictionary))

@@ -7,7 +7,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
-from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss
+from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss, routing_sums
 from fairseq_hyperrouter.routing import Routing, losses
 from tests import reference
 from tests.tiny import ADAPTIVE, tiny_model, tiny_sample, tiny_task
@@ -159,11 +159,10 @@ def test_errors(name, value):
 
 def balance_on_a_worker(task):
     """The auxiliary loss of this worker's part of the tokens, and its gradient."""
-    cfg = RoutingLossConfig(moe_gate_loss_wt=1.0, moe_balance_batch=task["batch"])
+    cfg = RoutingLossConfig(**{task["weight"]: 1.0}, moe_balance_batch=task["batch"])
     logits = task["logits"][dist.get_rank()].requires_grad_()
     routing = routing_of(logits)
-    loads = torch.stack([losses.expert_load(routing)] * 2)
-    loss = auxiliary_loss([routing, None], loads, cfg)
+    loss = auxiliary_loss([routing, None], routing_sums([routing, None], 4, torch.device("cpu")), cfg)
     loss.backward()
     return loss.detach(), logits.grad
 
@@ -173,14 +172,18 @@ def routing_of(logits):
     return Routing(logits, index, torch.ones(index.shape))
 
 
+@pytest.mark.parametrize("weight", ["moe_gate_loss_wt", "moe_mi_loss_wt"])
 @pytest.mark.parametrize("batch", ["local", "global"])
-def test_balance_over_the_batch_of_all_workers(preloaded, tmp_path, batch):
+def test_balance_over_the_batch_of_all_workers(preloaded, tmp_path, batch, weight):
     """Weighted by tokens, the global losses add up to that of all tokens together, and so do their gradients."""
     torch.manual_seed(0)
     parts = [torch.randn(5, 4) + torch.arange(4), torch.randn(8, 4)]
-    found = on_workers(preloaded, balance_on_a_worker, 2, tmp_path / "job", {"batch": batch, "logits": parts})
+    found = on_workers(
+        preloaded, balance_on_a_worker, 2, tmp_path / "job", {"batch": batch, "weight": weight, "logits": parts}
+    )
     whole = torch.cat(parts).requires_grad_()
-    expected = losses.balance_loss(routing_of(whole))
+    loss_of = losses.balance_loss if weight == "moe_gate_loss_wt" else losses.mutual_information_loss
+    expected = loss_of(routing_of(whole))
     expected.backward()
     total = sum(len(part) / 13 * loss for part, (loss, _) in zip(parts, found))
     gradient = torch.cat([len(part) / 13 * gradient for part, (_, gradient) in zip(parts, found)])

@@ -169,6 +169,21 @@ def test_the_end_of_an_epoch_that_does_not_divide_evenly(preloaded, data, tmp_pa
         assert_same_model(model, models[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("command", ["fairseq-eval-lm", "fairseq-validate"])
+def test_evaluations_that_would_print_a_share(preloaded, data, saved, command):
+    task = ["--task", "language_modeling"] if command == "fairseq-eval-lm" else []
+    arguments = eval_arguments(data, saved[1] / "checkpoint_last.pt", *task)
+    results = [preloaded.wait(process) for process in preloaded.start_workers(2, command, *arguments)]
+    said = {"fairseq-eval-lm": "print the loss of its share, give hyperrouter", "fairseq-validate": "use one process"}
+    assert all(result.code == 1 and said[command] in result.last_line for result in results), results[0].log[-2000:]
+
+
+def test_a_hash_table_is_resumed_on_several_workers(preloaded, data, tmp_path):
+    for updates in (1, 2):
+        result = train(preloaded, 2, data, tmp_path, "--moe-router", "hash", "--max-update", updates)
+    assert "Loaded checkpoint" in result.log
+
+
 def test_a_checkpoint_of_another_model_is_named_for_divided_experts(preloaded, data, saved):
     arguments = train_arguments(data, None, "--moe-expert-parallel-size", 2, "--max-update", 1)
     options = [

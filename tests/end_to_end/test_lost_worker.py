@@ -96,12 +96,13 @@ def test_the_launcher_says_who_ended(launched):
     assert rest.strip().splitlines()[-1] == "worker 1 of 2 ended first, with signal 9 (SIGKILL)"
 
 
-def test_nothing_stays_behind_when_the_launcher_is_ended(launched):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_nothing_stays_behind_when_the_launcher_is_ended(launched, number):
     process = launched(*OPTIONS, "--max-update", "100000")
     children = training_workers(process)
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert not any(os.path.exists(f"/proc/{child}") for child in children)
 
 
@@ -135,9 +136,10 @@ def test_the_launcher_shows_a_mistake(launched):
     [
         (["0", "fairseq-train"], "launch 0: must be at least 1 worker"),
         (["2"], "launch: needs a command, as in fairseq-train DATA ..."),
-        (["2", "fairseq-train", "--distributed-rank", "1"], "launch: gives --distributed-rank itself, leave it out"),
-        (["2", "--", "fairseq-trian"], "launch fairseq-trian: no such command beside"),
-        (["2", "fairseq-trian"], "launch fairseq-trian: no such command beside"),
+        (["2", "fairseq-train", "--distributed-rank", "1"], "launch: gives distributed-rank itself, leave it out"),
+        (["2", "fairseq-hydra-train", "distributed_training.distributed_rank=1"], "gives distributed_training.distrib"),
+        (["2", "--", "fairseq-trian"], "fairseq-trian: no such command beside"),
+        (["2", "fairseq-trian"], "fairseq-trian: no such command beside"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -70,6 +70,27 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
     [
         (["--moe-router", "relu", "--task", "language_modeling"], "--moe-router relu: needs --task hyperrouter"),
         (["--moe-loss-free-rate", "0.1", "--criterion", "cross_entropy"], "needs --criterion moe_cross_entropy"),
+        (
+            ["--moe-router", "stable", "--moe-top-k", "1", "--criterion", "cross_entropy"],
+            "stable: needs --criterion moe",
+        ),
+        (["--moe-similarity-wt", "0.1", "--criterion", "cross_entropy"], "--moe-similarity-wt 0.1: needs --criterion"),
+        (
+            ["--moe-router", "stable", "--moe-top-k", "1", "--max-update", "0", "--max-epoch", "1"],
+            "--moe-stage1-updates must be given without --max-update",
+        ),
+        (
+            ["--moe-router", "stable", "--moe-top-k", "1", "--moe-stage1-updates", "1"],
+            "--moe-stage1-updates 1: must be below --max-update (1)",
+        ),
+        (["--moe-router", "switch", "--moe-gate-softmax", "sigmoid"], "--moe-gate-softmax sigmoid: switch's gates"),
+        (
+            ["--moe-router", "base", "--moe-top-k", "1", "--moe-loss-free-rate", "1"],
+            "-rate 1.0: base selects in its own",
+        ),
+        (["--moe-router-jitter", "1"], "--moe-router-jitter 1.0: must be at least 0 and below 1"),
+        (["--moe-loss-free-rate", "-1"], "--moe-loss-free-rate -1.0: must be at least 0"),
+        (["--moe-distill-wt", "2"], "--moe-distill-wt 2.0: must be between 0 and 1"),
         (["--moe-router", "base"], "--moe-top-k 2: base is trained with 1 expert per token"),
         (["--moe-router", "expert-choice"], "--moe-router expert-choice: looks at later tokens"),
         (["--moe-upcycle-from", "nowhere.pt"], "--moe-upcycle-from nowhere.pt: no such file"),
@@ -92,6 +113,6 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
     ],
 )
 def test_mistakes(preloaded, data, options, message):
-    result = preloaded.run("fairseq-train", *train_arguments(data, None, *options, "--max-update", "1"))
+    result = preloaded.run("fairseq-train", *train_arguments(data, None, "--max-update", "1", *options))
     assert result.code == 1 and message in result.last_line, result.log[-2000:]
     assert "Traceback" not in result.log

@@ -29,3 +29,13 @@ def test_balanced_and_nearly_the_best(tokens, experts, seed, scale):
 def test_many_tokens(equal):
     scores = torch.zeros(2048, 16) if equal else torch.randn(2048, 16) + torch.arange(16)
     assert (balanced_assignment(scores).bincount(minlength=16) == 128).all()
+
+
+def test_an_experts_offset_hides_no_difference():
+    """Scores that differ by little beside what one expert has over another for all tokens."""
+    torch.manual_seed(0)
+    scores = 0.01 * torch.randn(256, 8) + 5 * torch.arange(8)
+    rows, places = linear_sum_assignment(-scores.repeat_interleave(32, dim=1).numpy())
+    best, even = scores[rows, places // 32].sum(), scores[torch.arange(256), torch.arange(256) % 8].sum()
+    found = scores[torch.arange(256), balanced_assignment(scores)].sum()
+    assert found - even > 0.95 * (best - even)
