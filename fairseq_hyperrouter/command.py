@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--top-k", default="1,2,4,8,16", help="experts per token, separated by commas (default: %(default)s)"
     )
+    sweep.add_argument(
+        "--top-p", default="", help="beside: the fewest experts whose probabilities add up to this, as in 0.5,0.9"
+    )
     sweep.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
     sweep.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="samples per batch (default: %(default)s)"
@@ -58,6 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoints were trained with one")
     sweep.add_argument("--cpu", action="store_true", help="use no GPU")
     sweep.set_defaults(run=_sweep)
+
+    allocate = subcommands.add_parser("allocate", help="find how many experts each layer of a model needs")
+    allocate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
+    allocate.add_argument("data", metavar="DATA", help="folder made by fairseq-preprocess")
+    allocate.add_argument("--choices", default="1,2,4,8,16", help="k of a layer, at most the experts (%(default)s)")
+    allocate.add_argument("--budget", type=float, metavar="MFLOPS", help="per token, forward (default: every budget)")
+    allocate.add_argument(
+        "--split", default="valid", help="that is searched with; the lists found are evaluated on test (%(default)s)"
+    )
+    allocate.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    allocate.add_argument(
+        "--out",
+        type=Path,
+        default=Path("allocate"),
+        metavar="DIR",
+        help="where to write allocate.json, allocate.md, allocate.png (default: %(default)s)",
+    )
+    allocate.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoint was trained with one")
+    allocate.add_argument("--cpu", action="store_true", help="use no GPU")
+    allocate.set_defaults(run=_allocate)
 
     launch = subcommands.add_parser("launch", help="run a fairseq command as several workers on this machine's CPUs")
     launch.add_argument("workers", type=int, metavar="WORKERS", help="how many")
@@ -94,6 +117,7 @@ def _sweep(args: argparse.Namespace) -> int:
             args.checkpoint,
             args.data,
             parse_ints("--top-k", args.top_k),
+            top_p=_parse_shares("--top-p", args.top_p),
             split=args.split,
             batch_size=args.batch_size,
             tokens_per_sample=args.tokens_per_sample,
@@ -107,6 +131,40 @@ def _sweep(args: argparse.Namespace) -> int:
             for path in write(rows, args.out):
                 print(f"wrote {path}")
     return 0
+
+
+def _allocate(args: argparse.Namespace) -> int:
+    from .analysis.allocation import allocate
+    from .analysis.evaluation import Evaluator, as_text
+    from .analysis.sweep import markdown, write
+    from .config import parse_ints
+
+    _import_user_dir(args.user_dir)
+    common = {"batch_size": args.batch_size, "cpu": args.cpu}
+    evaluator = Evaluator(args.checkpoint, args.data, split=args.split, **common)
+    choices = parse_ints("--choices", args.choices)
+    if evaluator.has_experts:
+        evaluator.model.decoder.check_top_k("--choices", choices)
+    found = allocate(evaluator, choices, None if args.budget is None else args.budget * 1e6)
+    test = Evaluator(args.checkpoint, args.data, **common)
+    rows = [test.at(k) for k in choices] + [test.at(row["top_k"]) for row in found]
+    print(markdown(rows))
+    if args.budget is not None:
+        best = as_text(found[0]["top_k"])
+        print(f"within {args.budget:g} MFLOPs: --model-overrides \"{{'moe_eval_top_k': '{best}'}}\"")
+    for path in write(rows, args.out, "allocate"):
+        print(f"wrote {path}")
+    return 0
+
+
+def _parse_shares(option: str, value: str) -> List[float]:
+    try:
+        shares = [float(item) for item in value.split(",") if value]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise UserError(f"{option} {value}: must be numbers from 0 to 1 separated by commas, as in 0.5,0.9")
+    return shares
 
 
 def _import_user_dir(path: Optional[str]) -> None:

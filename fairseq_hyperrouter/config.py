@@ -30,6 +30,14 @@ def parse_top_k(option: str, value: object, num_experts: int) -> int:
     raise UserError(f"{option} {value}: must be an integer between 1 and the number of experts ({num_experts})")
 
 
+def parse_top_ks(option: str, value: object, num_experts: int, num_layers: int) -> Tuple[int, ...]:
+    """Experts per token in each of *num_layers* MoE layers: *value* is one number for all of them, or a list."""
+    numbers = tuple(parse_top_k(option, item, num_experts) for item in str(value).split(","))
+    if len(numbers) not in (1, num_layers):
+        raise UserError(f"{option} {value}: must be one number, or one for each of the {num_layers} MoE layers")
+    return numbers * num_layers if len(numbers) == 1 else numbers
+
+
 @dataclass
 class MoEConfig(FairseqDataclass):
     """The MoE options of a model. ``check`` tells whether they fit together; the properties give them parsed."""
@@ -80,8 +88,8 @@ class MoEConfig(FairseqDataclass):
     moe_top_k_choices: Optional[str] = field(
         default=None,
         metadata={
-            "help": "what elastic draws from, as in 1,2,4,8,16; a number given twice has twice the chance (default: 1 "
-            "to --moe-top-k)"
+            "help": "what elastic draws from, as in 1,2,4,8,16; a number given twice has twice the chance (default: 1, "
+            "2, 4, ... and --moe-top-k)"
         },
     )
     moe_elastic_per: str = field(
@@ -89,7 +97,11 @@ class MoEConfig(FairseqDataclass):
         metadata={"help": "elastic draws once per update for all layers (update), for each layer, or for each token"},
     )
     moe_eval_top_k: Optional[str] = field(
-        default=None, metadata={"help": "experts per token at inference (default: --moe-top-k)"}
+        default=None,
+        metadata={
+            "help": "experts per token at inference, or a list of them for the MoE layers, as in 1,1,4,8 (default: "
+            "--moe-top-k)"
+        },
     )
     moe_eval_threshold: Optional[float] = field(
         default=None,
@@ -252,7 +264,7 @@ class MoEConfig(FairseqDataclass):
         if self.moe_layers is not None and self.moe_freq != 1:
             raise UserError(f"--moe-freq {self.moe_freq}: not together with --moe-layers {self.moe_layers}")
         self._check_router()
-        _ = self.eval_top_k, self.schedule  # parsing checks them
+        _ = self.eval_top_k(len(self.layer_numbers(num_layers))), self.schedule  # parsing checks them
         for layer in self.layer_numbers(num_layers):
             if not 0 <= layer < num_layers:
                 raise UserError(f"--moe-layers {self.moe_layers}: layers are numbered 0 to {num_layers - 1}")
@@ -306,10 +318,10 @@ class MoEConfig(FairseqDataclass):
             seed=self.init_seed,
         )
 
-    @property
-    def eval_top_k(self) -> int:
+    def eval_top_k(self, num_layers: int) -> Tuple[int, ...]:
+        """Experts per token at inference in each of *num_layers* MoE layers."""
         value = self.moe_top_k if self.moe_eval_top_k is None else self.moe_eval_top_k
-        return parse_top_k("--moe-eval-top-k", value, self.moe_expert_count)
+        return parse_top_ks("--moe-eval-top-k", value, self.moe_expert_count, num_layers)
 
     @property
     def init_seed(self) -> int:

@@ -74,7 +74,15 @@ def test_layer_numbers(options, layers):
 
 @pytest.mark.parametrize("value, expected", [(None, 3), ("1", 1), (4, 4), (" 2 ", 2)])
 def test_eval_top_k(value, expected):
-    assert MoEConfig(moe_top_k=3, moe_eval_top_k=value).eval_top_k == expected
+    assert MoEConfig(moe_top_k=3, moe_eval_top_k=value).eval_top_k(2) == (expected, expected)
+
+
+def test_eval_top_k_by_layer():
+    config = MoEConfig(moe_eval_top_k="1, 4")
+    config.check(2)
+    assert config.eval_top_k(2) == (1, 4)
+    with pytest.raises(UserError, match="must be one number, or one for each of the 3 MoE layers"):
+        config.check(3)
 
 
 def test_schedule():

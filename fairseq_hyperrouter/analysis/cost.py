@@ -1,6 +1,6 @@
 """Parameters and floating point operations of a language model at a number of active experts."""
 
-from typing import Any, List, NamedTuple
+from typing import Any, List, NamedTuple, Sequence, Union
 
 from fairseq.modules.adaptive_softmax import TiedLinear
 from torch import nn
@@ -24,8 +24,8 @@ class ModelCost(NamedTuple):
     the context on average, and the output layer; not the input embedding."""
 
 
-def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
-    """Count for *top_k* experts per token and samples of *context* tokens."""
+def model_cost(model: nn.Module, top_k: Union[float, Sequence[float]], context: int) -> ModelCost:
+    """Count for *top_k* experts per token, or as many in each MoE layer, and samples of *context* tokens."""
     layers: List[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # id: a hypernetwork shared by all layers counts once.
@@ -33,13 +33,13 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
     frozen += sum(p.numel() for p in model.parameters() if not p.requires_grad)
     active = sum(p.numel() for p in model.parameters())
     flops = 0.0
-    for layer in layers:
+    for layer, k in zip(layers, [top_k] * len(layers) if isinstance(top_k, (int, float)) else top_k):
         router, experts = layer.router, layer.experts
         expert_parameters = sum(p.numel() for p in experts.parameters()) // len(experts.local_experts)
         expert_products = (experts.weight1.numel() + experts.weight2.numel()) // len(experts.local_experts)
-        active -= expert_parameters * (experts.num_experts - top_k)
+        active -= expert_parameters * (experts.num_experts - k)
         active += router.inference_parameters() - sum(p.numel() for p in router.parameters())
-        flops += router.flops() + 2 * top_k * expert_products
+        flops += router.flops() + 2 * k * expert_products
         if layer.adapter is not None:
             flops += 2 * (layer.adapter.down.numel() + layer.adapter.up.numel())
     looked_up = set(model.decoder.embed_tokens.modules())
@@ -49,4 +49,4 @@ def model_cost(model: nn.Module, top_k: int, context: int) -> ModelCost:
     for layer in model.decoder.layers:
         if hasattr(layer, "self_attn"):
             flops += 2 * 2 * layer.self_attn.embed_dim * (context + 1) / 2
-    return ModelCost(trained + frozen, trained, frozen, active, flops)
+    return ModelCost(trained + frozen, trained, frozen, round(active), flops)

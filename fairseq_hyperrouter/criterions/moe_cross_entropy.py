@@ -1,7 +1,7 @@
 """``--criterion moe_cross_entropy``: cross entropy, with the routers' auxiliary losses in training."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
@@ -12,22 +12,25 @@ from fairseq_hyperrouter.errors import UserError
 
 from .routing_losses import RoutingLossConfig, auxiliary_loss, log_routing, routing_sums
 
+ELASTIC_DISTILL_WEIGHT = 0.5
+
 
 @dataclass
 class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
     """Stock cross_entropy's option, the weights of the auxiliary losses, and distillation."""
 
-    moe_distill_wt: float = field(
-        default=0.0,
+    moe_distill_wt: Optional[float] = field(
+        default=None,
         metadata={
             "help": "teach the model at the schedule's experts per token with what it says at --moe-top-k, computed in "
-            "the same update: the weight of the teacher's words beside the text's, 0 to 1 (default: off)"
+            "the same update: the weight of the teacher's words beside the text's, 0 (off) to 1 (default: 0.5 with an "
+            "elastic schedule, else 0)"
         },
     )
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.moe_distill_wt <= 1:
+        if self.moe_distill_wt is not None and not 0 <= self.moe_distill_wt <= 1:
             raise UserError(f"--moe-distill-wt {self.moe_distill_wt}: must be between 0 and 1")
 
 
@@ -39,9 +42,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     differentiated. It is weighted like the tokens, so gradient accumulation and several workers average it.
     Works with a plain, tied or adaptive softmax.
 
-    With a ``moe_distill_wt`` w every batch is computed twice in training, with the k of the schedule and with the
-    largest K (the sandwich of slimmable networks, arXiv 1903.05134). Beside the auxiliary losses, loss =
-    (CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2, p_K without gradient; CE_k and the routing of k are what is logged.
+    With a ``moe_distill_wt`` w, by default with an elastic schedule, every batch is computed twice in training: with
+    the k of the schedule and with the largest K (the sandwich of slimmable networks, arXiv 1903.05134). Beside the
+    auxiliary losses, loss = (CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2, p_K without gradient; CE_k and the routing of
+    k are what is logged.
     """
 
     def __init__(self, cfg: MoECrossEntropyConfig, task: Any) -> None:
@@ -67,8 +71,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
             **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
-        if self.training and reduce and self.cfg.moe_distill_wt:
-            loss = self._distilled(model, net_output, sample, loss)
+        weight = self._distill_weight(model) if self.training and reduce and routings else 0.0
+        if weight:
+            loss = self._distilled(model, net_output, sample, loss, weight)
         if self.training and reduce and routings:
             counts = not sample.get("is_dummy", False)
             sums = {name: value * counts for name, value in logging_output.items() if name.startswith("moe_")}
@@ -76,7 +81,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             loss = loss if auxiliary is None else loss + sample_size * auxiliary
         return loss, sample_size, logging_output
 
-    def _distilled(self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], loss: Tensor) -> Tensor:
+    def _distill_weight(self, model: Any) -> float:
+        if self.cfg.moe_distill_wt is not None:
+            return self.cfg.moe_distill_wt
+        return ELASTIC_DISTILL_WEIGHT if model.decoder.schedule.name == "elastic" else 0.0
+
+    def _distilled(
+        self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], loss: Tensor, weight: float
+    ) -> Tensor:
         with model.decoder.at_largest_top_k():
             largest = model(**sample["net_input"])
         teacher_loss, _ = self.compute_loss(model, largest, sample)
@@ -85,7 +97,6 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         )
         per_token = F.kl_div(student, teacher.detach(), log_target=True, reduction="none").sum(-1)
         divergence = per_token.masked_fill(sample["target"].eq(self.padding_idx), 0).sum()
-        weight = self.cfg.moe_distill_wt
         return (teacher_loss + (1 - weight) * loss + weight * divergence) / 2
 
     def compute_loss(

@@ -13,7 +13,7 @@ from fairseq.models.transformer.transformer_decoder import TransformerDecoderBas
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.config import MoEConfig, parse_top_k
+from fairseq_hyperrouter.config import MoEConfig, parse_top_k, parse_top_ks
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
@@ -64,12 +64,11 @@ class MoEDecoder(TransformerDecoderBase):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
         del self._built
         self.schedule = moe.schedule
-        self.eval_top_k = moe.eval_top_k
+        self.eval_top_k = moe.eval_top_k(len(self.moe_numbers))
         self.num_updates = 0
         self._at_largest = False
-        logger.info(
-            f"experts per token: in training {self.schedule}, at inference {self.eval_top_k} of {moe.moe_expert_count}"
-        )
+        at_inference = f"{self._eval_text()} of {moe.moe_expert_count}"
+        logger.info(f"experts per token: in training {self.schedule}, at inference {at_inference}")
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         number = len(self._built)
@@ -102,8 +101,12 @@ class MoEDecoder(TransformerDecoderBase):
             parse_top_k(option, value, self.moe_config.moe_expert_count)
 
     def set_eval_top_k(self, top_k: Any) -> None:
-        """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
-        self.eval_top_k = parse_top_k("moe_eval_top_k", top_k, self.moe_config.moe_expert_count)
+        """Use *top_k* experts per token in evaluation from now on, for each MoE layer one in a list as in "1,1,4,8".
+
+        Raises:
+            UserError (a ValueError): there are not so many experts, or layers.
+        """
+        self.eval_top_k = parse_top_ks("moe_eval_top_k", top_k, self.moe_config.moe_expert_count, len(self.moe_numbers))
 
     @contextmanager
     def at_top_k(self, top_k: Any) -> Iterator[None]:
@@ -128,7 +131,10 @@ class MoEDecoder(TransformerDecoderBase):
         """Experts per token now, in the *moe_index*-th MoE layer."""
         if self.training and self._at_largest:
             return max(self.schedule.end, self.schedule.start or 1)
-        return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k
+        return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k[moe_index]
+
+    def _eval_text(self) -> str:
+        return ",".join(map(str, self.eval_top_k[:1] if len(set(self.eval_top_k)) == 1 else self.eval_top_k))
 
     def extract_features_scriptable(
         self,

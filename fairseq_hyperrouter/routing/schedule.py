@@ -61,7 +61,7 @@ class TopKSchedule:
         start: k at update 0; default: 1, and for elastic no bound but ``end``.
         updates: updates in the whole of training, T; needed by all but constant, and elastic without a start.
         choices: what ``elastic`` draws from, each with the same chance, so one given twice has twice the chance;
-            default: every k from 1 to ``end``.
+            default: 1, 2, 4, ... and ``end``.
         per: whether ``elastic`` draws one k per "update" for all layers, one per update and "layer", or one for every
             "token" in every layer.
         seed: of the draws.
@@ -101,7 +101,7 @@ class TopKSchedule:
 
     @property
     def _choices(self) -> Sequence[int]:
-        return self.choices or range(1, self.end + 1)
+        return self.choices or doubling(1, self.end)
 
     def __call__(self, update: int, layer: int = 0) -> int:
         """Experts per token at *update* (from 0) in *layer*; the most of any token where k is drawn per token."""
@@ -144,7 +144,7 @@ class TopKSchedule:
         if self.name == "constant":
             return f"constant {self.end}"
         if self.name == "elastic":
-            drawn = ",".join(map(str, self._choices)) if self.choices else f"1..{self.end}"
+            drawn = ",".join(map(str, self._choices))
             growing = "" if self.start is None else f", up to {self.start} -> {self.end} over {self.updates} updates"
             return f"elastic, drawn from {drawn} per {self.per}{growing}"
         return f"{self.name} {self.start or 1} -> {self.end} over {self.updates} updates"

@@ -3,25 +3,27 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_hyperrouter.analysis.sweep import _labels, markdown, write
+from fairseq_hyperrouter.analysis.evaluation import labels
+from fairseq_hyperrouter.analysis.sweep import markdown, write
 
 
 @pytest.mark.parametrize(
-    "paths, labels",
+    "paths, expected",
     [
         (["runs/a/checkpoint_best.pt", "runs/b/checkpoint_best.pt"], ["a", "b"]),
         (["runs/a/checkpoint_best.pt", "runs/a/checkpoint_last.pt"], ["a/checkpoint_best", "a/checkpoint_last"]),
         (["a/seed1/last.pt", "b/seed1/last.pt"], ["a/seed1/last.pt", "b/seed1/last.pt"]),
     ],
 )
-def test_labels_tell_checkpoints_apart(paths, labels):
-    assert _labels([Path(path) for path in paths]) == labels
+def test_labels_tell_checkpoints_apart(paths, expected):
+    assert labels([Path(path) for path in paths]) == expected
 
 
 def rows():
     for label, top_ks in (("a", (1, 2)), ("b", (2, 4)), ("stock", (None,))):
         for k in top_ks:
             numbers = {"perplexity": 10.0 + (k or 0), "bits_per_token": 3.5, "bits_per_character": 1.5}
+            numbers.update(top_p=None, mean_top_k=k)
             costs = {"tokens_per_second": 1234.5, "active_parameters": 1000 * (k or 1), "flops_per_token": 2.5e6}
             yield {"label": label, "top_k": k, **numbers, **costs}
 
@@ -41,3 +43,13 @@ def test_table_of_several_and_files(tmp_path):
     assert [path.name for path in write(found, tmp_path / "new")] == ["sweep.json", "sweep.md", "sweep.png"]
     assert json.loads((tmp_path / "new" / "sweep.json").read_text()) == found
     assert (tmp_path / "new" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_ways_to_choose_k(tmp_path):
+    """top-p and lists of k per layer are rows and curves of their own; for top-p the table says the mean k."""
+    first = next(rows())
+    limited = {**first, "top_k": 4, "top_p": 0.9, "mean_top_k": 1.75}
+    listed = {**first, "top_k": (1, 2), "mean_top_k": 1.5}
+    table = markdown([first, limited, listed]).splitlines()
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["1", "top-p 0.9: 1.75", "1,2"]
+    assert write([first, limited, listed], tmp_path, "other")[2].name == "other.png"

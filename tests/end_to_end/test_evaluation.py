@@ -9,7 +9,7 @@ from fairseq import tasks
 from omegaconf import OmegaConf
 
 from fairseq_hyperrouter import Routing
-from tests import reference
+from tests import commands, reference
 from tests.commands import EXPERTS, REPO, USER_DIR, load, loss_of, run, run_python, sweep, train
 
 TRAINED_K = 2  # --moe-top-k's default, which the fixture's trainings keep
@@ -105,3 +105,32 @@ def test_checkpoints_hold_data_only(tmp_path, data, trained):
 
 def test_user_dir_prints_the_folder():
     assert run("-m fairseq_hyperrouter.command", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
+
+
+def test_a_list_of_k_and_top_p(tmp_path, data, trained, evaluated):
+    """allocate's lists are what fairseq-eval-lm takes; a top-p of 1 is every expert, of 0 the best one."""
+    checkpoint = trained["hyperrouter"] / "checkpoint_last.pt"
+    out = ["--out", tmp_path, "--cpu"]
+    result = run(
+        "fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", "--budget", "1", *out
+    )
+    rows = json.loads((tmp_path / "allocate.json").read_text())
+    by_list = {tuple(row["top_k"]): row for row in rows if isinstance(row["top_k"], list)}
+    assert f"'moe_eval_top_k': '{EXPERTS},{EXPERTS}'" in result.out  # the budget is ample
+    run("fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", *out)
+    rows = json.loads((tmp_path / "allocate.json").read_text())
+    by_list = {tuple(row["top_k"]): row for row in rows if isinstance(row["top_k"], list)}
+    assert len(by_list) == 3 and {(1, 1), (EXPERTS, EXPERTS)} < set(by_list)
+    mixed = next(found for found in by_list if len(set(found)) > 1)
+    printed = commands.evaluate(data, checkpoint, f"'{mixed[0]},{mixed[1]}'")
+    assert printed["printed_perplexity"] == f"{by_list[mixed]['perplexity']:.2f}"
+    by_k = {row["top_k"]: row for row in rows if isinstance(row["top_k"], int)}
+    assert by_k[1]["flops_per_token"] < by_list[mixed]["flops_per_token"] < by_k[EXPERTS]["flops_per_token"]
+
+    sweep(checkpoint, data, "--top-k", f"1,{EXPERTS}", "--top-p", "0,0.5,1", "--out", tmp_path)
+    best, every, *limited = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["top_p"] for row in limited] == [0, 0.5, 1]
+    assert limited[0]["perplexity"] == pytest.approx(best["perplexity"], rel=1e-6) and limited[0]["mean_top_k"] == 1
+    assert limited[2]["perplexity"] == pytest.approx(every["perplexity"], rel=1e-6)
+    assert 1 < limited[1]["mean_top_k"] < EXPERTS
+    assert best["flops_per_token"] < limited[1]["flops_per_token"] < every["flops_per_token"]

@@ -227,7 +227,7 @@ def test_hub(data, trained):
         data_name_or_path=str(data),
         moe_eval_top_k=1,
     ).eval()
-    assert hub.models[0].decoder.eval_top_k == 1
+    assert hub.models[0].decoder.eval_top_k == (1, 1)
     prefix = hub.encode("F i r s t \u2581 C i")[:-1]
     (generated,) = hub.generate(prefix, beam=1, max_len_b=30)
     tokens = generated["tokens"]

@@ -1,0 +1,192 @@
+"""A checkpoint's model, ready to be evaluated again and again with other experts per token."""
+
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.logging import progress_bar
+from fairseq_cli.eval_lm import eval_lm
+
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.token_length import characters_per_token
+
+from .cost import model_cost
+
+Row = Dict[str, Any]
+TopK = Union[int, Sequence[int]]
+
+
+class Evaluator:
+    """What ``fairseq-eval-lm`` computes, with its code, at any number of experts per token.
+
+    Args:
+        tokens_per_sample: by default what the checkpoint was trained with.
+        context_window: tokens of context that are not scored, as in ``fairseq-eval-lm``.
+
+    Raises:
+        UserError (a ValueError): a file that is missing or of another model, an option out of range.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: str,
+        *,
+        split: str = "test",
+        batch_size: int = 8,
+        tokens_per_sample: Optional[int] = None,
+        context_window: int = 0,
+        cpu: bool = False,
+        label: Optional[str] = None,
+    ) -> None:
+        if tokens_per_sample is not None and tokens_per_sample < 1:
+            raise UserError(f"--tokens-per-sample {tokens_per_sample}: must be at least 1")
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        if not path.is_file():
+            raise UserError(
+                f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file")
+            )
+        overrides = {"data": data}  # of the task alone: the model keeps the length that it was trained with
+        if tokens_per_sample is not None:
+            overrides["tokens_per_sample"] = tokens_per_sample
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"task": overrides})
+        if torch.cuda.is_available() and not cpu:
+            model.cuda()
+        model.prepare_for_inference_(cfg)
+        context = task.args.tokens_per_sample
+        if context > model.max_positions():
+            raise UserError(f"--tokens-per-sample {context}: {path} takes at most {model.max_positions()}")
+        if not 0 <= context_window < context:
+            raise UserError(f"--context-window {context_window}: must be below the tokens per sample ({context})")
+        task.args.tokens_per_sample -= context_window  # as fairseq-eval-lm does
+        task.load_dataset(split)
+        self.path, self.label = path, label or path.stem
+        self.model, self.task, self.split = model, task, split
+        self.context, self.context_window, self.batch_size = context, context_window, batch_size
+        self.has_experts = hasattr(model, "at_top_k")
+        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        self.device = next(model.parameters()).device
+
+    def batches(self, prefix: str = "") -> Iterable[Dict[str, Any]]:
+        """The split's batches, with a progress bar when *prefix* names it."""
+        batches = self.task.eval_lm_dataloader(
+            dataset=self.task.dataset(self.split),
+            max_tokens=None,
+            batch_size=self.batch_size,
+            max_positions=self.model.max_positions(),
+            num_workers=0,
+            context_window=self.context_window,
+        )
+        return progress_bar.progress_bar(batches, log_format="tqdm", prefix=prefix) if prefix else batches
+
+    def at(self, top_k: Optional[TopK] = None, top_p: Optional[float] = None, show: bool = True) -> Row:
+        """Loss, speed and cost with *top_k* experts per token, or as many per MoE layer, and of these *top_p*.
+
+        "mean_top_k" is how many experts a token had, averaged over tokens and layers. Without experts *top_k* is None.
+        """
+        name = f"{self.label} k={as_text(top_k)}" if self.has_experts else self.label
+        row: Row = {"checkpoint": str(self.path), "label": self.label, "top_k": top_k, "split": self.split}
+        if self.has_experts:
+            self.model.set_eval_top_k(as_text(top_k))
+            self.model.decoder.moe_config.moe_eval_top_p = top_p
+        with _ExpertsPerToken(self.layers) as counted:
+            row.update(context=self.context, **self._evaluate(self.batches(name if show else "")))
+        mean = counted.per_layer()
+        row["top_p"] = top_p
+        row["mean_top_k"] = sum(mean) / len(mean) if mean else None
+        row.update(model_cost(self.model, mean, self.context)._asdict())
+        return row
+
+    def _evaluate(self, batches: Iterable[Dict[str, Any]]) -> Row:
+        dictionary, options = self.task.target_dictionary, self.task.args
+        characters = characters_per_token(dictionary, getattr(options, "token_unit", "auto"))
+        count = {"tokens": 0, "characters": 0.0, "start": 0.0}
+
+        def counted() -> Iterator[Dict[str, Any]]:
+            for sample in batches:
+                if not count["start"]:  # what happens once is no speed of this k: the first batch is computed before
+                    self.forward(sample)
+                    count["start"] = time.perf_counter()
+                if "target" in sample:
+                    target = sample["target"][sample["target"] != dictionary.pad()]
+                    if options.add_bos_token:  # which fairseq-eval-lm does not score
+                        target = target[target != dictionary.bos()]
+                    count["tokens"] += target.numel()
+                    count["characters"] += characters[target].sum().item()
+                yield sample
+
+        results = eval_lm(
+            models=[self.model],
+            source_dictionary=self.task.source_dictionary,
+            batch_iterator=counted(),
+            target_dictionary=dictionary,
+            remove_bos_token=options.add_bos_token,
+        )
+        seconds = time.perf_counter() - count["start"]
+        if not count["tokens"]:
+            raise UserError("nothing to evaluate: every sample is longer than the model takes, or the data is empty")
+        bits = float(results["loss"])
+        return {
+            "bits_per_token": bits,
+            "perplexity": 2**bits,
+            "bits_per_character": bits * count["tokens"] / count["characters"],
+            "tokens": count["tokens"],
+            "tokens_per_second": count["tokens"] / seconds,
+        }
+
+    @torch.no_grad()
+    def forward(self, sample: Dict[str, Any]) -> Any:
+        """What the model returns for one batch."""
+        on_gpu = self.device.type == "cuda"
+        inputs = utils.move_to_cuda(sample["net_input"], self.device) if on_gpu else sample["net_input"]
+        output = self.model(**inputs)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        return output
+
+
+def labels(paths: Sequence[Path]) -> List[str]:
+    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else the whole path."""
+    folders = [path.resolve().parent.name for path in paths]
+    files = [f"{folder}/{path.stem}" for folder, path in zip(folders, paths)]
+    for names in (folders, files):
+        if len(set(names)) == len(paths):
+            return names
+    return [str(path) for path in paths]
+
+
+def as_text(top_k: Optional[TopK]) -> str:
+    """8 -> "8", (1, 4) -> "1,4", as in ``--moe-eval-top-k``."""
+    return ",".join(map(str, [top_k] if isinstance(top_k, (int, type(None))) else top_k))
+
+
+class _ExpertsPerToken:
+    """Counts, inside a ``with`` block, how many experts the tokens of each MoE layer have."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self.layers = layers
+        self.sums: List[List[Any]] = [[0, 0] for _ in layers]
+
+    def __enter__(self) -> "_ExpertsPerToken":
+        self.hooks = [layer.register_forward_hook(self._hook(sums)) for layer, sums in zip(self.layers, self.sums)]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    @staticmethod
+    def _hook(sums: List[Any]) -> Any:
+        def hook(_: MoELayer, __: Any, output: Tuple[Any, Any]) -> None:
+            chosen = output[1].chosen_mask()
+            sums[0] += chosen.sum()
+            sums[1] += chosen.any(-1).sum()
+
+        return hook
+
+    def per_layer(self) -> List[float]:
+        return [float(assignments) / max(1, int(tokens)) for assignments, tokens in self.sums]
