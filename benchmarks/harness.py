@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
+from fairseq_hyperrouter.analysis.machine import processor
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 RESULTS = Path(__file__).with_name("results")
@@ -71,7 +72,7 @@ def progress(items: Sequence[Any], label: str) -> Any:
 def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) -> None:
     """Print the tables, and write them as results/name.md and, with the *details*, as results/name.json."""
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -90,10 +91,3 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
 
 def _argument(value: str) -> str:
     return "DATA" if Path(value).is_dir() else value  # where it lies on this machine tells nobody anything
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -92,9 +93,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         with model.decoder.at_largest_top_k():
             largest = model(**sample["net_input"])
         teacher_loss, _ = self.compute_loss(model, largest, sample)
-        teacher, student = (
-            model.get_normalized_probs(output, log_probs=True).float() for output in (largest, net_output)
-        )
+        teacher, student = (_log_probabilities(model, output) for output in (largest, net_output))
         per_token = F.kl_div(student, teacher.detach(), log_target=True, reduction="none").sum(-1)
         divergence = per_token.masked_fill(sample["target"].eq(self.padding_idx), 0).sum()
         return (teacher_loss + (1 - weight) * loss + weight * divergence) / 2
@@ -121,3 +120,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         """Aggregate what the workers logged."""
         CrossEntropyCriterion.reduce_metrics(logging_outputs)
         log_routing(logging_outputs)
+
+
+def _log_probabilities(model: Any, net_output: Tuple[Tensor, Any]) -> Tensor:
+    """(B, T, V); the stock method of an adaptive softmax works in place, so no gradient could pass."""
+    softmax = model.decoder.adaptive_softmax
+    if softmax is None:
+        return model.get_normalized_probs(net_output, log_probs=True).float()
+    features, first = net_output[0], softmax.cutoff[0]
+    head = softmax.head(features).float().log_softmax(-1)
+    tails = [tail(features).float().log_softmax(-1) for tail in softmax.tail]
+    return torch.cat([head[..., :first], *(t + head[..., first + i, None] for i, t in enumerate(tails))], dim=-1)

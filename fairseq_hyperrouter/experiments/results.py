@@ -1,14 +1,11 @@
 """The results of an experiment as numbers, table and picture."""
 
 import json
-import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import torch
-
+from fairseq_hyperrouter.analysis.machine import machine
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 from .experiment import Experiment, Run
@@ -35,7 +32,7 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
         "title": experiment.title,
         "setting": experiment.setting,
         "command": command,
-        "machine": _machine(),
+        "machine": machine(),
         "runs": [
             {
                 "name": result.run.name,
@@ -70,9 +67,10 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
         rows.append([row, *cells, *logged])
     seeds = sorted({result.run.seed for result in results})
     updates = sorted({result.run.updates for result in results})
+    spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
     about = [
         f"**{experiment.title}** ({experiment.setting}; {_listed('seed', seeds)}; {' or '.join(map(str, updates))} "
-        f"updates; {_machine()}). Mean ± standard deviation over the seeds.",
+        f"updates; {machine()}).{spread}",
         f"`{command}`" if command else "",
         markdown_table(rows),
     ]
@@ -104,19 +102,6 @@ def _column(name: str) -> str:
 
 def _listed(what: str, numbers: Sequence[int]) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
-    return f"{device}, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _plot(experiment: Experiment, results: Sequence[Result], path: Path) -> None:

@@ -6,7 +6,7 @@ from fairseq.logging import metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
-from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
+from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig, _log_probabilities
 from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss, routing_sums
 from fairseq_hyperrouter.routing import Routing, losses
 from tests import reference
@@ -188,3 +188,49 @@ def test_balance_over_the_batch_of_all_workers(preloaded, tmp_path, batch, weigh
     total = sum(len(part) / 13 * loss for part, (loss, _) in zip(parts, found))
     gradient = torch.cat([len(part) / 13 * gradient for part, (_, gradient) in zip(parts, found)])
     assert torch.allclose(total, expected) == torch.allclose(gradient, whole.grad) == (batch == "global")
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("weight", [None, 0.0, 0.25, 1.0])
+def test_distillation(weight, options):
+    """(CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2 and its gradients, p_K without; by default at w = 0.5."""
+    model = tiny_model(moe_top_k=4, moe_top_k_schedule="elastic", moe_top_k_choices="1", **options).train()
+    sample = tiny_sample()
+    loss, _, logged = make_criterion(moe_distill_wt=weight)(model, sample)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    target, counts = sample["target"], sample["target"] != 1
+    one = model(**sample["net_input"])
+    assert {routing.expert_index.size(1) for routing in one[1]["routing"]} == {1}
+    with model.decoder.at_largest_top_k():
+        four = model(**sample["net_input"])
+    assert {routing.expert_index.size(1) for routing in four[1]["routing"]} == {4}
+    # the stock method of an adaptive softmax works in place
+    student, teacher = (_log_probabilities(model, output) for output in (one, four))
+    stock = model.get_normalized_probs((one[0].detach(), one[1]), log_probs=True)
+    torch.testing.assert_close(student.detach(), stock.view_as(student))
+    ce_student, ce_teacher = (-p.gather(2, target[:, :, None]).squeeze(2)[counts].sum() for p in (student, teacher))
+    fixed = teacher.detach()
+    divergence = (fixed.exp() * (fixed - student)).sum(-1)[counts].sum()
+    w = 0.5 if weight is None else weight
+    expected = (ce_teacher + (1 - w) * ce_student + w * divergence) / 2 if w else ce_student
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logged["loss"], ce_student)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+
+def test_no_distillation_elsewhere():
+    """Not with another schedule, not in evaluation, and not in a model without experts."""
+    sample = tiny_sample()
+    model = tiny_model(moe_top_k=4).train()
+    assert make_criterion()._distill_weight(model) == 0
+    model = tiny_model(moe_top_k=4, moe_top_k_schedule="elastic").eval()
+    loss, _, logged = make_criterion().eval()(model, sample)
+    assert torch.equal(loss, logged["loss"])
+    dense = tiny_model(TransformerLanguageModel).train()
+    loss, _, logged = make_criterion(moe_distill_wt=0.5)(dense, sample)
+    assert torch.equal(loss, logged["loss"])
