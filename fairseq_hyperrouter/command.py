@@ -62,6 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--cpu", action="store_true", help="use no GPU")
     sweep.set_defaults(run=_sweep)
 
+    report = subcommands.add_parser("report", help="one page about what checkpoints' routers and experts do")
+    report.add_argument("checkpoint", nargs="+", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
+    report.add_argument("--data", required=True, metavar="DATA", help="folder made by fairseq-preprocess")
+    report.add_argument("--top-k", default="1,2,4,8,16", help="where the loss is evaluated (default: %(default)s)")
+    report.add_argument("--look-at", type=int, default=2, metavar="K", help="experts per token inside (%(default)s)")
+    report.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+    report.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    report.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where to write report.html, report.json and the pictures (default: %(default)s)",
+    )
+    report.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoints were trained with one")
+    report.add_argument("--cpu", action="store_true", help="use no GPU")
+    report.set_defaults(run=_report)
+
     allocate = subcommands.add_parser("allocate", help="find how many experts each layer of a model needs")
     allocate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
     allocate.add_argument("data", metavar="DATA", help="folder made by fairseq-preprocess")
@@ -130,6 +148,19 @@ def _sweep(args: argparse.Namespace) -> int:
             print(markdown(rows))
             for path in write(rows, args.out):
                 print(f"wrote {path}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .analysis.report import markdown, report, write
+    from .config import parse_ints
+
+    _import_user_dir(args.user_dir)
+    options = {"split": args.split, "batch_size": args.batch_size, "cpu": args.cpu}
+    content = report(args.checkpoint, args.data, parse_ints("--top-k", args.top_k), args.look_at, **options)
+    print(markdown(content))
+    for path in write(content, args.out):
+        print(f"wrote {path}")
     return 0
 
 

@@ -81,11 +81,14 @@ def write(rows: Sequence[Row], folder: Path, name: str = "sweep") -> List[Path]:
     paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(list(rows), indent=1) + "\n")
     paths[1].write_text(markdown(rows) + "\n")
-    _plot(rows, paths[2])
+    figure = plot(rows)
+    figure.savefig(paths[2], dpi=120)
+    figure.clear()
     return paths
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[Row]) -> Any:
+    """A figure: perplexity against experts per token, and against operations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,5 +121,5 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     by_k.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    pyplot.close(figure)  # pyplot keeps it no longer; it can still be drawn
+    return figure

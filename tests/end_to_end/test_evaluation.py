@@ -107,9 +107,9 @@ def test_user_dir_prints_the_folder():
     assert run("-m fairseq_hyperrouter.command", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
 
 
-def test_a_list_of_k_and_top_p(tmp_path, data, trained, evaluated):
+def test_a_list_of_k_and_top_p(tmp_path, data, trained):
     """allocate's lists are what fairseq-eval-lm takes; a top-p of 1 is every expert, of 0 the best one."""
-    checkpoint = trained["hyperrouter"] / "checkpoint_last.pt"
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
     out = ["--out", tmp_path, "--cpu"]
     result = run(
         "fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", "--budget", "1", *out

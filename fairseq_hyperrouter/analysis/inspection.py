@@ -1,0 +1,183 @@
+"""What a trained model's routing looks like on a text: numbers only.
+
+Dimensions: T tokens, D model, E experts, K experts per token, V symbols, L MoE layers.
+"""
+
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.routing import Routing, RoutingContext
+
+from . import statistics
+from .evaluation import Evaluator
+
+TOP_TOKENS = 12
+JACOBIANS = 64
+"""Tokens whose routing term is computed."""
+
+
+class Seen(NamedTuple):
+    """What one MoE layer made of the tokens of one batch, padding left out."""
+
+    x: Tensor
+    """(T, D)"""
+    logits: Tensor
+    """(T, E)"""
+    chosen: Tensor
+    """(T, E) bool"""
+    expert_index: Tensor
+    """(T, K)"""
+    token_ids: Tensor
+    """(T,)"""
+    state: Optional[Tensor]
+    """(T, S), what the router of the layer below handed on."""
+
+
+class Inspection(NamedTuple):
+    """Of one checkpoint at one K."""
+
+    layers: List[Dict[str, Any]]
+    """Numbers of each MoE layer, as JSON takes them."""
+    chosen: List[Tensor]
+    """(T, E) bool per layer, which experts each token of the text has."""
+
+
+@torch.no_grad()
+def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int = 256) -> Inspection:
+    """Look at the first *tokens* of the text with *top_k* experts per token.
+
+    What compares outputs (similarity, ranks) looks at the first *sample* tokens of these, the Jacobian at JACOBIANS.
+    """
+    evaluator.model.set_eval_top_k(top_k)
+    seen: List[List[Seen]] = [[] for _ in evaluator.layers]
+    found = 0
+    for batch in evaluator.batches(f"{evaluator.label}: routing"):
+        with _Recorder(evaluator.layers) as recorder:
+            evaluator.forward(batch)
+        for layer, one in zip(seen, recorder.seen):
+            # of the tokens themselves all are kept, of what is wide only the sample
+            layer.append(one if found < sample else one._replace(x=one.x[:0], state=None))
+        found += len(seen[0][-1].token_ids)
+        if found >= tokens:
+            break
+    dictionary = evaluator.task.target_dictionary
+    layers = [_layer(layer, _together(one), top_k, sample, dictionary) for layer, one in zip(evaluator.layers, seen)]
+    return Inspection(layers, [torch.cat([one.chosen for one in layer]) for layer in seen])
+
+
+def _together(parts: Sequence[Seen]) -> Seen:
+    def joined(name: str) -> Optional[Tensor]:
+        values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        return torch.cat(values) if values else None
+
+    return Seen(*(joined(name) for name in Seen._fields))
+
+
+def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any) -> Dict[str, Any]:
+    logits, load = seen.logits, seen.chosen.sum(0)
+    E = logits.size(1)
+    x = seen.x[:sample]
+    outputs = layer._every_expert(x)  # (T, E, D)
+    cka = statistics.pairwise(statistics.cka, outputs.transpose(0, 1))
+    weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
+    cosine = statistics.pairwise(statistics.cosine, weights)
+    terms = list(_routing_terms(layer, seen, outputs, top_k))
+    others = ~torch.eye(E, dtype=torch.bool)
+    return {
+        "router_entropy": statistics.entropy(logits).mean().item(),
+        "normalised_entropy": statistics.normalised_entropy(logits).mean().item(),
+        "inner_balance": statistics.inner_balance(logits).median().item() if E > 1 else 1.0,
+        "outer_balance": statistics.outer_balance(logits, seen.expert_index).mean().item(),
+        "margin": statistics.margin(logits, top_k).mean().item() if top_k < E else None,
+        "load": (load / load.sum()).tolist(),
+        "coefficient_of_variation": statistics.coefficient_of_variation(load).item(),
+        "max_violation": statistics.max_violation(load).item(),
+        "unused_experts": int((load == 0).sum()),
+        "mean_experts": seen.chosen.sum(1).double().mean().item(),
+        "output_similarity": cka.tolist(),
+        "mean_output_similarity": cka[others].mean().item() if E > 1 else None,
+        "weight_similarity": cosine.tolist(),
+        "mean_weight_similarity": cosine[others].mean().item() if E > 1 else None,
+        "hidden_rank": statistics.effective_rank(x - x.mean(0)).item(),
+        "jacobian_rank": sum(map(statistics.numerical_rank, terms)) / max(1, len(terms)),
+        "jacobian_span": statistics.numerical_rank(torch.cat(terms)) if terms else 0,
+        "width": x.size(1),
+        "top_tokens": _top_tokens(seen, dictionary),
+    }
+
+
+def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> Iterator[Tensor]:
+    """The routing term of the Jacobian, (D, D), at the first tokens."""
+    for token in range(min(JACOBIANS, len(outputs))):
+        state = None if seen.state is None else seen.state[token : token + 1]
+        context = RoutingContext(top_k, token_ids=seen.token_ids[token : token + 1], state=state)
+
+        def gates(x: Tensor, context: RoutingContext = context) -> Tensor:
+            routing = layer.router(x[None], context)
+            kept = routing.gate if routing.kept is None else routing.gate * routing.kept
+            return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)[0]
+
+        with torch.enable_grad():
+            yield statistics.routing_jacobian(gates, outputs[token], seen.x[token])
+
+
+def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:
+    """For every expert the symbols that it takes most of beyond its share: the largest count log(share / expected)."""
+    V, E = len(dictionary), seen.logits.size(1)
+    counts = torch.zeros(V, E, dtype=torch.double, device=seen.token_ids.device)
+    counts.index_add_(0, seen.token_ids, seen.chosen.double())
+    occurrences = torch.bincount(seen.token_ids, minlength=V).double()
+    expected = counts.sum(0) / counts.sum()  # of each expert
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    score = counts * (share / expected.clamp(min=1e-300)).clamp(min=1e-300).log()
+    found = []
+    for expert in range(E):
+        best = score[:, expert].topk(min(TOP_TOKENS, V)).indices.tolist()
+        found.append(
+            [
+                {
+                    "token": dictionary[symbol],
+                    "count": int(counts[symbol, expert]),
+                    "share": (counts[symbol, expert] / occurrences[symbol]).item(),
+                }
+                for symbol in best
+                if score[symbol, expert] > 0
+            ]
+        )
+    return found
+
+
+class _Recorder:
+    """Keeps, inside a ``with`` block, what every MoE layer saw."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self.layers = layers
+        self.seen: List[Seen] = []
+
+    def __enter__(self) -> "_Recorder":
+        self.hooks = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _hook(self, _: MoELayer, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
+        x: Tensor = args[0].flatten(0, -2)
+        routing: Routing = output[1]
+        mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        mask = mask if routing.token_mask is None else routing.token_mask
+        state = kwargs.get("router_state")
+        self.seen.append(
+            Seen(
+                x[mask].float(),
+                routing.logits[mask],
+                routing.chosen_mask()[mask],
+                routing.expert_index[mask],
+                kwargs["token_ids"].reshape(-1)[mask],
+                None if state is None else state[mask],
+            )
+        )
