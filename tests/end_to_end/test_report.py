@@ -92,7 +92,7 @@ def test_mistakes(reported, data, trained, tmp_path):
     for options, message in (
         (
             ["--top-k", "1", "--look-at", EXPERTS + 1],
-            f"--look-at {EXPERTS + 1}: must be an integer between 1 and the number of experts",
+            f"--look-at {EXPERTS + 1}: must be an integer between 1",
         ),
         (["--top-k", "one"], "--top-k 'one': must be integers"),
         (["--top-k", "1", "--split", "tset"], "tset"),
