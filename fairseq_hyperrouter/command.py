@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from .command_line import explain
 from .errors import UserError
@@ -41,64 +41,28 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--top-p", default="", help="beside: the fewest experts whose probabilities add up to this, as in 0.5,0.9"
     )
-    sweep.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
-    sweep.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="samples per batch (default: %(default)s)"
-    )
     sweep.add_argument(
         "--tokens-per-sample", type=int, metavar="N", help="default: what the checkpoint was trained with"
     )
     sweep.add_argument(
         "--context-window", type=int, default=0, metavar="N", help="tokens of every sample that only give context"
     )
-    sweep.add_argument(
-        "--out",
-        type=Path,
-        default=Path("sweep"),
-        metavar="DIR",
-        help="where to write sweep.json, sweep.md, sweep.png (default: %(default)s)",
-    )
-    sweep.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoints were trained with one")
-    sweep.add_argument("--cpu", action="store_true", help="use no GPU")
-    sweep.set_defaults(run=_sweep)
+    _add_evaluation(sweep, _sweep, "sweep.json, sweep.md, sweep.png", split="test")
 
     report = subcommands.add_parser("report", help="one page about what checkpoints' routers and experts do")
     report.add_argument("checkpoint", nargs="+", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
     report.add_argument("--data", required=True, metavar="DATA", help="folder made by fairseq-preprocess")
     report.add_argument("--top-k", default="1,2,4,8,16", help="where the loss is evaluated (default: %(default)s)")
     report.add_argument("--look-at", type=int, default=2, metavar="K", help="experts per token inside (%(default)s)")
-    report.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
-    report.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    report.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="where to write report.html, report.json and the pictures (default: %(default)s)",
-    )
-    report.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoints were trained with one")
-    report.add_argument("--cpu", action="store_true", help="use no GPU")
-    report.set_defaults(run=_report)
+    _add_evaluation(report, _report, "report.html, report.json and the pictures", split="test")
 
     allocate = subcommands.add_parser("allocate", help="find how many experts each layer of a model needs")
     allocate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a language model's checkpoint")
     allocate.add_argument("data", metavar="DATA", help="folder made by fairseq-preprocess")
     allocate.add_argument("--choices", default="1,2,4,8,16", help="k of a layer, at most the experts (%(default)s)")
     allocate.add_argument("--budget", type=float, metavar="MFLOPS", help="per token, forward (default: every budget)")
-    allocate.add_argument(
-        "--split", default="valid", help="that is searched with; the lists found are evaluated on test (%(default)s)"
-    )
-    allocate.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    allocate.add_argument(
-        "--out",
-        type=Path,
-        default=Path("allocate"),
-        metavar="DIR",
-        help="where to write allocate.json, allocate.md, allocate.png (default: %(default)s)",
-    )
-    allocate.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoint was trained with one")
-    allocate.add_argument("--cpu", action="store_true", help="use no GPU")
-    allocate.set_defaults(run=_allocate)
+    allocate.add_argument("--test", default="test", help="where what was found is evaluated (default: %(default)s)")
+    _add_evaluation(allocate, _allocate, "allocate.json, allocate.md, allocate.png", split="valid")
 
     launch = subcommands.add_parser("launch", help="run a fairseq command as several workers on this machine's CPUs")
     launch.add_argument("workers", type=int, metavar="WORKERS", help="how many")
@@ -122,13 +86,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_evaluation(parser: argparse.ArgumentParser, run: Callable[..., int], files: str, split: str) -> None:
+    """The options of everything that evaluates a checkpoint."""
+    parser.add_argument("--split", default=split, help="train, valid or test (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="samples per batch (default: %(default)s)"
+    )
+    out = Path(parser.prog.split()[-1])
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"where to write {files} (default: {out})")
+    parser.add_argument("--user-dir", metavar="DIR", help="of your own, when the checkpoint was trained with one")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+    parser.set_defaults(run=run)
+
+
+def _begin(args: argparse.Namespace) -> Dict[str, Any]:
+    """What everything that evaluates does first; the options of the Evaluator."""
+    _import_user_dir(args.user_dir)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, must be a folder")
+    return {"split": args.split, "batch_size": args.batch_size, "cpu": args.cpu}
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from .analysis.sweep import markdown, sweep, write
     from .config import parse_ints
 
-    _import_user_dir(args.user_dir)
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file, must be a folder")
+    options = _begin(args)
     rows = []
     try:
         for row in sweep(
@@ -136,11 +119,9 @@ def _sweep(args: argparse.Namespace) -> int:
             args.data,
             parse_ints("--top-k", args.top_k),
             top_p=_parse_shares("--top-p", args.top_p),
-            split=args.split,
-            batch_size=args.batch_size,
             tokens_per_sample=args.tokens_per_sample,
             context_window=args.context_window,
-            cpu=args.cpu,
+            **options,
         ):
             rows.append(row)
     finally:  # what is done is not lost when the next checkpoint cannot be read
@@ -155,8 +136,7 @@ def _report(args: argparse.Namespace) -> int:
     from .analysis.report import markdown, report, write
     from .config import parse_ints
 
-    _import_user_dir(args.user_dir)
-    options = {"split": args.split, "batch_size": args.batch_size, "cpu": args.cpu}
+    options = _begin(args)
     content = report(args.checkpoint, args.data, parse_ints("--top-k", args.top_k), args.look_at, **options)
     print(markdown(content))
     for path in write(content, args.out):
@@ -170,14 +150,13 @@ def _allocate(args: argparse.Namespace) -> int:
     from .analysis.sweep import markdown, write
     from .config import parse_ints
 
-    _import_user_dir(args.user_dir)
-    common = {"batch_size": args.batch_size, "cpu": args.cpu}
-    evaluator = Evaluator(args.checkpoint, args.data, split=args.split, **common)
+    options = _begin(args)
+    evaluator = Evaluator(args.checkpoint, args.data, **options)
     choices = parse_ints("--choices", args.choices)
     if evaluator.has_experts:
         evaluator.model.decoder.check_top_k("--choices", choices)
     found = allocate(evaluator, choices, None if args.budget is None else args.budget * 1e6)
-    test = Evaluator(args.checkpoint, args.data, **common)
+    test = Evaluator(args.checkpoint, args.data, **{**options, "split": args.test})
     rows = [test.at(k) for k in choices] + [test.at(row["top_k"]) for row in found]
     print(markdown(rows))
     if args.budget is not None:
