@@ -1,5 +1,6 @@
 """Mistakes in stock fairseq's own options that it would answer with a traceback, or not at all."""
 
+import logging
 import re
 from itertools import pairwise
 from typing import Any, Sequence
@@ -9,6 +10,8 @@ from .config import parse_ints
 from .distributed_options import check_workers
 from .errors import UserError, option_name
 from .routing import ROUTERS
+
+logger = logging.getLogger(__name__)
 
 
 def check_model_options(args: Any, num_symbols: int) -> None:
@@ -106,9 +109,11 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
     stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
-    if "moe_stage1_updates" in router.takes and (not updates if stage1 is None else 0 < updates <= stage1):
-        given = "must be given" if stage1 is None else f"{stage1}: must be below --max-update ({updates})"
-        raise UserError(f"--moe-stage1-updates {given}" + (" without --max-update" if stage1 is None else ""))
+    if "moe_stage1_updates" in router.takes:
+        if stage1 is None and not updates:
+            raise UserError("--moe-stage1-updates: must be given without --max-update")
+        if stage1 is not None and 0 < updates <= stage1:
+            logger.warning(f"--moe-stage1-updates {stage1}: --max-update {updates} ends before the second stage")
 
 
 def _check_trainer(cfg: Any) -> None:
