@@ -48,14 +48,12 @@ def test_train_resume_and_evaluate(preloaded, data, tmp_path, router):
 def test_two_workers_with_divided_experts(preloaded, data, tmp_path, router):
     """Replicated or divided, the same losses and gradient norms.
 
-    Of base in the first update only: tokens with the same history score alike, and rounding decides between them.
+    base with one sample at a time: the first tokens of several score alike, and rounding would decide between them.
     """
+    one_sample = ["--batch-size", "1"] if router == "base" else []
     logged = []
     for size in (1, 2):
-        arguments = train_arguments(data, None, *options(router), "--max-update", "2")
+        arguments = train_arguments(data, None, *options(router), *one_sample, "--max-update", "2")
         results = preloaded.run_workers(2, "fairseq-train", *arguments, "--moe-expert-parallel-size", size)
         logged.append([(entry["loss"], entry["gnorm"]) for entry in results[0].logged("train_inner")])
-    assert len(logged[0]) == 2
-    same = 1 if router == "base" else 2
-    assert logged[0][:same] == logged[1][:same]
-    assert logged[0][1] == pytest.approx(logged[1][1], rel=0.01)
+    assert len(logged[0]) == 2 and logged[0] == logged[1]
