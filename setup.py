@@ -25,5 +25,5 @@ setup(
         "tqdm",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scipy", "tensorboardX"]},
-    entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.command:main"]},
+    entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.commands:main"]},
 )

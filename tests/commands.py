@@ -106,7 +106,7 @@ def evaluate(data, checkpoint, top_k=None, split="test", options=()):
 
 
 def sweep(*args, check=True):
-    return run("-m fairseq_hyperrouter.command", "sweep", *args, "--cpu", cwd=REPO, check=check)
+    return run("-m fairseq_hyperrouter.commands", "sweep", *args, "--cpu", cwd=REPO, check=check)
 
 
 HYDRA = REPO / "examples" / "language_model" / "hydra"

@@ -23,7 +23,7 @@ from tests.commands import (
     train_arguments,
 )
 
-COMMAND = "-m fairseq_hyperrouter.command"
+COMMAND = "-m fairseq_hyperrouter.commands"
 
 
 def assert_explained(result, *words):

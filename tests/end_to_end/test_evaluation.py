@@ -104,7 +104,7 @@ def test_checkpoints_hold_data_only(tmp_path, data, trained):
 
 
 def test_user_dir_prints_the_folder():
-    assert run("-m fairseq_hyperrouter.command", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
+    assert run("-m fairseq_hyperrouter.commands", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
 
 
 def test_a_list_of_k_and_top_p(tmp_path, data, trained):

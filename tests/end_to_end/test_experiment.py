@@ -53,7 +53,7 @@ def file(tmp_path):
 
 
 def arguments(file, data, out, *more):
-    return ["-m", "fairseq_hyperrouter.command", "experiment", file, "--data", data, "--out", out, "--cpu", *more]
+    return ["-m", "fairseq_hyperrouter.commands", "experiment", file, "--data", data, "--out", out, "--cpu", *more]
 
 
 def experiment(*args):

@@ -1,0 +1,42 @@
+"""``fairseq-hyperrouter experiment``."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ..config import parse_ints
+from ..data_folder import check_folders
+from ..errors import UserError
+from ..experiments import read_experiment, run_experiment
+from .evaluating import DATA, show
+
+HELP = "train and evaluate the runs that a file names"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="as those in examples/paper")
+    parser.add_argument("--setting", metavar="NAME", help="which of the file's settings (default: the first)")
+    parser.add_argument("--data", metavar="DATA", help=f"{DATA['help']} (default: the setting's)")
+    parser.add_argument("--seeds", metavar="N,N", help="as in 1,2,3 (default: the setting's)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where everything goes (default: runs/NAME OF THE FILE/SETTING)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    seeds = None if args.seeds is None else parse_ints("--seeds", args.seeds)
+    experiment = read_experiment(args.file, args.setting, seeds)
+    data = args.data or experiment.data
+    if data is None:
+        raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
+    check_folders(data)
+    out = args.out or Path("runs", args.file.stem, experiment.setting)
+    command = shlex.join(["fairseq-hyperrouter", *sys.argv[1:]])
+    failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command)
+    table = out / "results.md"
+    if table.exists():
+        show(table.read_text(), [table.with_suffix(suffix) for suffix in (".json", ".md", ".png")])
+    return 1 if failed else 0
