@@ -22,6 +22,11 @@ def check_workers(cfg: Any) -> None:
     if backend == "slowmo":
         raise UserError("--ddp-backend slowmo: nobody has tried it with experts; choose pytorch_ddp or legacy_ddp")
     shares = getattr(ROUTERS.get(getattr(cfg.model, "moe_router", "")), "hands_on_state", False)
+    if shares and backend == "fully_sharded":
+        raise UserError(
+            f"--ddp-backend fully_sharded: not with --moe-router {cfg.model.moe_router}, whose layers share "
+            "parameters; choose pytorch_ddp or legacy_ddp"
+        )
     checkpoints = getattr(cfg.model, "checkpoint_activations", False) or getattr(
         cfg.model, "offload_activations", False
     )

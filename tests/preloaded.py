@@ -92,7 +92,7 @@ class Preloaded:
         if workers == 1:
             return [self.start(command, *args)]
         options = worker_options(workers, free_port())
-        return [self.start(command, *args, *options, "--distributed-rank", rank) for rank in range(workers)]
+        return [self.start(command, *options, "--distributed-rank", rank, *args) for rank in range(workers)]
 
     def _ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)

@@ -73,6 +73,12 @@ def test_gpu_only_backends(cfg, monkeypatch, backend):
     check_workers(cfg)
 
 
+def test_layers_that_share_parameters_are_not_sharded(cfg):
+    cfg.distributed_training.ddp_backend, cfg.model.moe_router = "fully_sharded", "recurrent"
+    expected = "--ddp-backend fully_sharded: not with --moe-router recurrent, whose layers share parameters"
+    assert message(check_workers, cfg).startswith(expected)
+
+
 def test_slowmo(cfg):
     cfg.distributed_training.ddp_backend = "slowmo"
     assert message(check_workers, cfg).startswith("--ddp-backend slowmo: nobody has tried it with experts")

@@ -7,6 +7,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.experiments import read_experiment
+from fairseq_hyperrouter.routing import ROUTERS
 from tests.commands import REPO, USER_DIR
 
 FILES = sorted(REPO.joinpath("examples").glob("*/*.yaml"))
@@ -26,3 +27,8 @@ def test_options(file, setting):
         if cfg.model._name == "transformer_lm_hyperrouter":
             MoEConfig.from_namespace(cfg.model).check(cfg.model.decoder_layers)
             assert max(run.at) <= cfg.model.moe_expert_count
+
+
+def test_every_router_is_compared():
+    runs = yaml.safe_load(REPO.joinpath("examples/methods/routers.yaml").read_text())["runs"].values()
+    assert {run["moe-router"] for run in runs} == {name for name, router in ROUTERS.items() if not router.looks_ahead}
