@@ -70,8 +70,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
-            **(routing_sums(routings, model.decoder.moe_config.moe_expert_count, loss.device) if routings else {}),
         }
+        if routings:
+            num_experts = model.decoder.moe_config.moe_expert_count
+            logging_output.update(routing_sums(routings, num_experts, loss.device, self.cfg.moe_log_layers))
         weight = self._distill_weight(model) if self.training and reduce and routings else 0.0
         if weight:
             loss = self._distilled(model, net_output, sample, loss, weight)

@@ -45,6 +45,13 @@ class RoutingLossConfig(FairseqDataclass):
             "of each worker's own micro-batch (local), or those of all workers (global)"
         },
     )
+    moe_log_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "log the routing of every MoE layer beside the means, as moe_router_entropy_layer0, for "
+            "--tensorboard-logdir, --wandb-project and --log-format json"
+        },
+    )
 
     def check(self) -> None:
         """Raise a UserError (a ValueError) for a negative weight, or an unknown batch."""
@@ -91,10 +98,13 @@ def _over_workers(one: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> Dict[str, Any]:
+def routing_sums(routings: Routings, num_experts: int, device: torch.device, per_layer: bool = False) -> Dict[str, Any]:
     """Sums over tokens, one row per MoE layer, to be added over micro-batches and workers.
 
     A layer that LayerDrop left out has a row of zeros: workers add up tensors of the same shapes only.
+
+    Args:
+        per_layer: with what is logged of every layer alone.
     """
     nothing = Routing(
         torch.zeros(0, num_experts, device=device),
@@ -103,7 +113,7 @@ def routing_sums(routings: Routings, num_experts: int, device: torch.device) -> 
     )
     sums = {
         name: torch.stack([total(nothing if routing is None else routing) for routing in routings])
-        for name, total in _SUMS.items()
+        for name, total in {**_SUMS, **(_SUMS_PER_LAYER if per_layer else {})}.items()
     }
     return {**sums, "n_moe_layers": sum(routing is not None for routing in routings)}
 
@@ -114,6 +124,10 @@ _SUMS = {
     "moe_probability": losses.probability_sum,
     "moe_entropy": losses.entropy_sum,
     "moe_dropped": losses.dropped_sum,
+}
+_SUMS_PER_LAYER = {
+    "moe_outer_balance": losses.outer_balance_sum,
+    "moe_margin": losses.margin_sum,
 }
 
 
@@ -126,25 +140,40 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     moe_load_imbalance  load of the fullest expert over the mean load; 1 when even
     moe_unused_experts  experts that no token chose
     moe_dropped         share of the assignments that were over a capacity
+
+    With ``--moe-log-layers`` each of every layer too, moe_router_entropy_layer0 for the first, and
+
+    moe_load_cv_layer0        standard deviation of the experts' loads over their mean; 0 when even
+    moe_outer_balance_layer0  probability of a token's chosen experts together
+    moe_margin_layer0         by how much a token's last chosen logit is above the next: what changes its experts
     """
     outputs = [output for output in logging_outputs if "moe_load" in output]
     weight = sum(output["n_moe_layers"] for output in outputs)
     if not weight:  # nothing to log: no MoE layer, or LayerDrop left all of them out
         return
-    tokens, load, probability, entropy, dropped = (
-        torch.as_tensor(sum(output[name] for output in outputs)) for name in _SUMS
-    )
+    names = {**_SUMS, **_SUMS_PER_LAYER} if "moe_margin" in outputs[0] else _SUMS
+    sums = {name: torch.as_tensor(sum(output[name] for output in outputs)) for name in names}
+    tokens, load = sums["moe_tokens"], sums["moe_load"]
     ran = tokens > 0  # (L,)
     num_layers = ran.sum().clamp(min=1)
     assignments = load.sum(dim=-1).clamp(min=1)
-
-    def log(name: str, per_layer: Tensor, digits: int) -> None:
-        mean = per_layer.masked_fill(~ran, 0.0).sum() / num_layers
+    per_layer = {
+        "moe_top_k": (assignments / tokens, 2),
+        "moe_balance_loss": (losses.balance(load, sums["moe_probability"]), 3),
+        "moe_router_entropy": (sums["moe_entropy"] / tokens, 3),
+        "moe_load_imbalance": (load.max(dim=-1).values * load.size(-1) / assignments, 2),
+        "moe_unused_experts": ((load == 0).sum(dim=-1).to(load), 2),
+        "moe_dropped": (sums["moe_dropped"] / assignments, 4),
+    }
+    for name, (values, digits) in per_layer.items():
+        mean = values.masked_fill(~ran, 0.0).sum() / num_layers
         metrics.log_scalar(name, mean, weight=weight, priority=600, round=digits)
-
-    log("moe_top_k", assignments / tokens, 2)
-    log("moe_balance_loss", losses.balance(load, probability), 3)
-    log("moe_router_entropy", entropy / tokens, 3)
-    log("moe_load_imbalance", load.max(dim=-1).values * load.size(-1) / assignments, 2)
-    log("moe_unused_experts", (load == 0).sum(dim=-1).to(load), 2)
-    log("moe_dropped", dropped / assignments, 4)
+    if names is _SUMS:
+        return
+    per_layer["moe_load_cv"] = (load.std(dim=-1, unbiased=False) * load.size(-1) / assignments, 3)
+    per_layer["moe_outer_balance"] = (sums["moe_outer_balance"] / tokens, 3)
+    per_layer["moe_margin"] = (sums["moe_margin"] / tokens, 3)
+    layers = ran.nonzero().flatten().tolist()
+    for name, (values, digits) in per_layer.items():
+        for layer in layers:
+            metrics.log_scalar(f"{name}_layer{layer}", values[layer], weight=weight, priority=700, round=digits)

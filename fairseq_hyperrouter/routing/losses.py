@@ -5,6 +5,7 @@ All are pure functions of a Routing. Those that return a sum are added up over l
 workers first and divided afterwards, so that what is reported is exact for the whole batch.
 """
 
+import math
 from typing import Optional
 
 import torch
@@ -90,6 +91,19 @@ def entropy_sum(routing: Routing) -> Tensor:
     """Sum over tokens of the entropy of softmax(z) over all E experts, in nats."""
     log_p = routing.logits.log_softmax(dim=-1)
     return _sum_over_tokens(routing, -(log_p.exp() * log_p).sum(dim=-1))
+
+
+def outer_balance_sum(routing: Routing) -> Tensor:
+    """Sum over tokens of the probability of their chosen experts together (RMoE, arXiv 2408.06793)."""
+    return _sum_over_tokens(routing, (routing.logits.softmax(dim=-1) * routing.chosen_mask()).sum(dim=-1))
+
+
+def margin_sum(routing: Routing) -> Tensor:
+    """Sum over tokens of the least logit that was chosen less the largest that was not; 0 where there is no other."""
+    chosen = routing.chosen_mask()
+    least = routing.logits.masked_fill(~chosen, math.inf).amin(dim=-1)
+    largest = routing.logits.masked_fill(chosen, -math.inf).amax(dim=-1)
+    return _sum_over_tokens(routing, (least - largest).masked_fill(chosen.all(dim=-1) | ~chosen.any(dim=-1), 0.0))
 
 
 def dropped_sum(routing: Routing) -> Tensor:

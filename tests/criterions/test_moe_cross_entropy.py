@@ -6,6 +6,7 @@ from fairseq.logging import metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
+from fairseq_hyperrouter.analysis import statistics
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig, _log_probabilities
 from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss, routing_sums
 from fairseq_hyperrouter.routing import Routing, losses
@@ -90,6 +91,27 @@ def test_metrics():
     assert metric["moe_unused_experts"] == sum((n == 0).sum() for n in loads).item() / 2
 
 
+def test_metrics_per_layer():
+    """The means of the six are what is logged without, and the values are those that the report measures."""
+    model, sample = tiny_model(moe_top_k=2).eval(), tiny_sample()
+    metric = reduced([make_criterion(moe_log_layers=True).eval()(model, sample)[2]])
+    mean = reduced([make_criterion().eval()(model, sample)[2]])
+    routings = model(**sample["net_input"])[1]["routing"]
+    for name in (name for name in mean if name.startswith("moe_")):
+        of_layers = [metric[f"{name}_layer{layer}"] for layer in range(len(routings))]
+        assert metric[name] == mean[name] == pytest.approx(sum(of_layers) / len(routings), abs=0.01)
+    padding = sample["target"].t().reshape(-1) == 1
+    for layer, routing in enumerate(routings):
+        logits, index = routing.logits[~padding], routing.expert_index[~padding]
+        expected = {
+            "load_cv": statistics.coefficient_of_variation(index.flatten().bincount(minlength=4)),
+            "outer_balance": statistics.outer_balance(logits, index).mean(),
+            "margin": statistics.margin(logits, 2).mean(),
+        }
+        for name, value in expected.items():
+            assert metric[f"moe_{name}_layer{layer}"] == pytest.approx(value.item(), abs=1e-3)
+
+
 def test_dropped_share():
     model, sample = tiny_model(moe_capacity_factor=0.5, moe_top_k=4), tiny_sample()
     metric = reduced([make_criterion()(model, sample)[2]])
@@ -108,6 +130,8 @@ def test_layers_left_out_count_nowhere():
     assert (partial["n_moe_layers"], output["n_moe_layers"]) == (1, 2)
     only_second = {n: v[1:] if n.startswith("moe_") else v for n, v in output.items()}
     assert reduced([partial]) == pytest.approx(reduced([only_second]))
+    of_layers = reduced([make_criterion(moe_log_layers=True)(_Fixed(model, extra), sample)[2]])
+    assert "moe_top_k_layer1" in of_layers and "moe_top_k_layer0" not in of_layers
 
 
 class _Fixed(torch.nn.Module):

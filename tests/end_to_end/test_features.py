@@ -3,9 +3,11 @@
 import math
 import re
 import shutil
+import struct
 
 import pytest
 import torch
+from tensorboardX.proto.event_pb2 import Event
 
 from fairseq_hyperrouter import HyperRouterLanguageModel
 from tests.commands import (
@@ -259,3 +261,30 @@ def test_plugin_from_elsewhere(tmp_path, data):
     arguments = [data, "--user-dir", "fairseq_hyperrouter", *TASK, *MODEL, *CRITERION, *OPTIMIZER, *LOG, *ON_CPU]
     arguments += ["--batch-size", "8", "--no-save", "--disable-validation", "--max-update", "1"]
     assert len(run("fairseq-train", *arguments, cwd=tmp_path).losses()) == 1
+
+
+def events(folder):
+    """{name: {step: value}} of a folder that TensorBoard reads: records of length, checksum, bytes, checksum."""
+    found = {}
+    for file in folder.glob("events*"):
+        content = file.read_bytes()
+        while content:
+            length = struct.unpack("<Q", content[:8])[0]
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_tensorboard_shows_every_layer(data, tmp_path):
+    options = ["--moe-log-layers", "--tensorboard-logdir", tmp_path, "--max-update", 2]
+    logged = train(data, None, *options, validate=True).logged("train_inner")
+    drawn = events(tmp_path / "train_inner")
+    for name in ("moe_router_entropy", "moe_load_imbalance", "moe_margin", "moe_outer_balance", "moe_load_cv"):
+        for layer in (0, 1):
+            values = drawn[f"{name}_layer{layer}"]
+            assert [entry[f"{name}_layer{layer}"] for entry in logged] == pytest.approx([values[1], values[2]])
+    assert drawn["moe_router_entropy_layer0"] != drawn["moe_router_entropy_layer1"]
+    assert "moe_margin_layer1" in events(tmp_path / "valid")

@@ -133,3 +133,17 @@ def test_mutual_information_loss_where_a_probability_underflows():
     routing = Routing(logits, torch.zeros(2, 1).long(), torch.ones(2, 1))
     losses.mutual_information_loss(routing).backward()
     assert logits.grad.isfinite().all()
+
+
+def test_margin_and_outer_balance_of_a_small_case():
+    """ln 8, ln 4, ln 3, ln 1: the chosen two have 12/16 of the probability and are ln 4/3 above the next."""
+    logits = torch.tensor([[8.0, 4.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]]).log()
+    routing = Routing(logits, torch.tensor([[0, 1], [2, 0]]), torch.ones(2, 2))
+    assert losses.outer_balance_sum(routing).item() == pytest.approx(12 / 16 + 1 / 2)
+    assert losses.margin_sum(routing).item() == pytest.approx(math.log(4 / 3))
+    without = routing._replace(token_mask=torch.tensor([False, True]))
+    assert (losses.outer_balance_sum(without).item(), losses.margin_sum(without).item()) == (0.5, 0)
+    everything = Routing(logits, torch.arange(4).expand(2, -1), torch.ones(2, 4))
+    assert losses.margin_sum(everything).item() == 0
+    one_each = routing._replace(chosen=torch.tensor([[True, False], [True, False]]))
+    assert losses.margin_sum(one_each).item() == pytest.approx(math.log(8 / 4))
