@@ -1,4 +1,18 @@
-"""How chosen experts compute; knows nothing of routers or fairseq."""
+"""How chosen experts compute; knows nothing of routers or fairseq.
+
+In the order in which a token meets them:
+
+bank.py      ExpertBank, the stacked weights (weights.py) of a layer's experts
+dispatch.py  the chosen (token, expert) pairs in the order of the experts
+parallel.py  to the worker that holds the expert, and back
+backend.py   which of these computes, all behind the same call:
+             loop.py     any device and dtype, plain autograd
+             runs.py     CPUs; with activation.py, memory.py and run_products.py (torch's products or oneDNN's)
+             packed.py   CPUs, inference, oneDNN
+             grouped.py  GPUs; with products.py
+
+Beside the chosen ones: shared.py, adapter.py, similarity.py.
+"""
 
 from .adapter import UnselectedAdapter
 from .bank import ExpertBank

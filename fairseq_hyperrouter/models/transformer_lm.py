@@ -53,19 +53,9 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
-        check_model_options(args, len(task.source_dictionary))
-        if hasattr(task, "builds_for_training"):
-            is_training = task.builds_for_training
-        else:  # a stock task does not say
-            is_training = running_command() in TRAINING_COMMANDS
-        if is_training and not hasattr(task, "valid_top_k"):
-            check_training(args._get_parent())
-        moe = HyperRouterLanguageModelConfig.from_namespace(args)
+        is_training = _is_training(task)
+        moe = _check(args, task, is_training)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
-        if is_training:
-            check_routing_parts(args._get_parent(), task)
-        if divides:
-            check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
         if args.decoder_layers_to_keep:
             _keep_layers(args)
         if safe_getattr(args, "max_target_positions", None) is None:
@@ -138,6 +128,25 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
         """Evaluate with *top_k* experts per token inside the ``with`` block."""
         return self.decoder.at_top_k(top_k)
+
+
+def _is_training(task: Any) -> bool:
+    if hasattr(task, "builds_for_training"):
+        return task.builds_for_training
+    return running_command() in TRAINING_COMMANDS  # a stock task does not say
+
+
+def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
+    """The MoE options, after a look at all that can be wrong before anything is built."""
+    check_model_options(args, len(task.source_dictionary))
+    if is_training and not hasattr(task, "valid_top_k"):  # our task has done it
+        check_training(args._get_parent())
+    moe = HyperRouterLanguageModelConfig.from_namespace(args)
+    if is_training:
+        check_routing_parts(args._get_parent(), task)
+        if moe.moe_expert_parallel_size > 1:
+            check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
+    return moe
 
 
 def check_override_names(where: str, overrides: Dict[str, Any]) -> None:
