@@ -94,7 +94,7 @@ def plot(rows: Sequence[Row]) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (by_k, by_flops) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (by_k, by_flops) = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
     for label in dict.fromkeys(row["label"] for row in rows):
         own = [row for row in rows if row["label"] == label]
         perplexity = [row["perplexity"] for row in own]
@@ -119,7 +119,6 @@ def plot(rows: Sequence[Row]) -> Any:
         axes.grid(True, which="both", alpha=0.3)
         axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    by_k.legend()
-    figure.tight_layout()
+    figure.legend(*by_k.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     pyplot.close(figure)  # pyplot keeps it no longer; it can still be drawn
     return figure
