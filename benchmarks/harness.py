@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from fairseq_hyperrouter.analysis.machine import processor
+from fairseq_hyperrouter.analysis.machine import machine
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 RESULTS = Path(__file__).with_name("results")
@@ -71,20 +71,19 @@ def progress(items: Sequence[Any], label: str) -> Any:
 
 def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) -> None:
     """Print the tables, and write them as results/name.md and, with the *details*, as results/name.json."""
-    machine = {
-        "processor": processor(),
+    made_on = {
+        "machine": machine(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv[1:])]),
     }
-    head = "{processor}, {threads} thread(s), Python {python}, torch {torch}; `{command}`".format(**machine)
+    head = "{machine}, Python {python}, {threads} thread(s); `{command}`".format(**made_on)
     text = "\n\n".join([head, *(f"{title}\n\n{markdown_table(rows)}" for title, rows in tables.items())])
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text + "\n")
     (RESULTS / f"{name}.json").write_text(
-        json.dumps({**machine, "tables": tables, "details": details}, indent=1) + "\n"
+        json.dumps({**made_on, "tables": tables, "details": details}, indent=1) + "\n"
     )
     print(f"wrote {RESULTS / name}.md and .json")
 

@@ -56,7 +56,9 @@ def one_line_errors() -> None:
         if message is None:
             show_traceback(kind, error, trace)
         else:
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+            command = running_command().replace("_", "-")
+            name = f"fairseq-{command}" if command else os.path.basename(sys.argv[0])
+            print(f"{name}: error: {message}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else fairseq-hydra-train prints a traceback of its own

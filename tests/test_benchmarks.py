@@ -1,6 +1,7 @@
 """The benchmarks run, and no accident has made the layer slow. Nothing finer is timed in a test."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks.layer import step
 from benchmarks.peers import Dense, DenseOneDNN, Ours
 from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
 from fairseq_hyperrouter.experts.run_products import has_onednn
+from tests.commands import REPO, run
 
 
 def test_layer_is_not_far_from_dense():
@@ -32,6 +34,22 @@ def test_benchmark(benchmark, monkeypatch, tmp_path, capsys):
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["tables"] and written["details"] and written["threads"] == 1
     assert (tmp_path / f"{name}.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not HAS_GROUPED_MM, reason="this torch has no grouped_mm to compare with")
+def test_benchmarks_for_a_gpu(data):
+    """On this CPU: that they run, and say what they measured and where it is."""
+    log = run("-m benchmarks.gpu", data, "--quick", cwd=REPO).log
+    assert re.findall(r"wrote .*/(gpu\.\S+?)(?:\.md and \.json|\.txt)", log) == [
+        "gpu.layer",
+        "gpu.generation",
+        "gpu.trainer",
+        "gpu.profile.one.stock",
+        "gpu.profile.one.hyperrouter",
+    ]
+    assert " nan " not in log
+    missing = [line for line in log.splitlines() if "left out" in line]
+    assert all(line.startswith("Hugging Face") and line.endswith("'transformers'") for line in missing)
 
 
 def test_peak_memory_of_known_steps():

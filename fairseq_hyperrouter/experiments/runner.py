@@ -16,7 +16,6 @@ from typing import Any, Dict, Iterator, List, Sequence
 from tqdm import tqdm
 
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.launch import program
 
 from .experiment import Experiment, Run
 from .results import Result, write_results
@@ -140,13 +139,13 @@ class _Workers:
         device = ["--cpu"] if self.cpu else []
         given = ["--user-dir", USER_DIR, "--save-dir", self.out / run.folder, "--seed", run.seed, *device]
         defaults = ["--log-format", "json", "--log-interval", "20", "--no-epoch-checkpoints"]
-        return [program("fairseq-train"), self.data, *defaults, *run.options, *map(str, given)]
+        return [sys.executable, "-m", "fairseq_cli.train", self.data, *defaults, *run.options, *map(str, given)]
 
     def _evaluation(self, run: Run) -> List[str]:
         folder = self.out / run.folder
         checkpoint = folder / f"checkpoint_{self.experiment.checkpoint}.pt"
         where = ["--top-k", ",".join(map(str, run.at)), "--out", str(folder), *(["--cpu"] if self.cpu else [])]
-        command = [program("fairseq-hyperrouter"), "sweep", str(checkpoint), self.data]
+        command = [sys.executable, "-m", "fairseq_hyperrouter.commands", "sweep", str(checkpoint), self.data]
         return [*command, *where, *self.experiment.evaluation]
 
     def _run(self, run: Run, arguments: Sequence[str], log: Path, lock: int) -> str:
