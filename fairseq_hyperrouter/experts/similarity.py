@@ -16,17 +16,21 @@ def cka(a: Tensor, b: Tensor) -> Tensor:
 
     HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), K = A A^T, L = B B^T, with the unbiased estimator of HSIC (Song et al.
     2012): the usual one is near 1 for any two outputs where n is not much larger than D.
+
+    That is the cosine of the two matrices after U-centring (Szekely and Rizzo, arXiv 1310.2926), and so never outside
+    -1 .. 1, whereas HSIC added up from its three large sums is all rounding where the outputs are nearly constant.
     """
-    k, ell = a @ a.t(), b @ b.t()
-    return _hsic(k, ell) / (_hsic(k, k) * _hsic(ell, ell)).clamp(min=1e-20).sqrt()
+    return torch.cosine_similarity(_gram(a).flatten(), _gram(b).flatten(), dim=0)
 
 
-def _hsic(k: Tensor, ell: Tensor) -> Tensor:
-    n = len(k)
-    off_diagonal = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
-    k, ell = k * off_diagonal, ell * off_diagonal
-    total = (k * ell).sum() + k.sum() * ell.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ ell.sum(0))
-    return total / (n * (n - 3))
+def _gram(a: Tensor) -> Tensor:
+    """(n, n) U-centred A A^T: rows and columns add up to 0 without the diagonal, which is 0. A shift of A drops out."""
+    n = len(a)
+    a = a - a.mean(dim=0)
+    off_diagonal = 1 - torch.eye(n, dtype=a.dtype, device=a.device)
+    k = (a @ a.t()) * off_diagonal
+    of_rows = k.sum(dim=1) / (n - 2)
+    return (k - of_rows[:, None] - of_rows + of_rows.sum() / (n - 1)) * off_diagonal
 
 
 def similarity_penalty(x: Tensor, chosen: Tensor, expert: Callable[[Tensor, int], Tensor]) -> Tensor:

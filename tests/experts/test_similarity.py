@@ -21,6 +21,30 @@ def test_cka():
     torch.testing.assert_close(cka(many, related), usual, rtol=0, atol=0.01)
 
 
+def hsic(k, ell):
+    """The unbiased estimator as Song et al. (2012) write it."""
+    n = len(k)
+    k, ell = (matrix - matrix.diag().diag() for matrix in (k, ell))
+    total = (k @ ell).trace() + k.sum() * ell.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ ell).sum()
+    return total / (n * (n - 3))
+
+
+def test_cka_is_the_unbiased_estimate_also_of_nearly_constant_outputs():
+    """In training experts' outputs may be nearly the same for all tokens for a while; float32 must bear it."""
+    a = torch.randn(30, 5, dtype=torch.float64)
+    b = a + torch.randn(30, 5, dtype=torch.float64)
+    k, ell = a @ a.t(), b @ b.t()
+    expected = hsic(k, ell) / (hsic(k, k) * hsic(ell, ell)).sqrt()
+    torch.testing.assert_close(cka(a, b), expected)
+    torch.testing.assert_close(cka(a + 1e4, b), expected, rtol=1e-6, atol=1e-6)
+    nearly = [(1e-3 * one + 100).float().requires_grad_() for one in (a, b)]
+    assert cka(*nearly).item() == pytest.approx(expected.item(), abs=0.01)
+    constant = torch.ones(30, 5, requires_grad=True)
+    value = cka(constant, nearly[0])
+    value.backward()
+    assert value == 0 and constant.grad.isfinite().all()
+
+
 def test_pairs_that_share_tokens():
     """Experts 0 and 1 compute the same and share 20 tokens, 0 and 2 share 20 and differ, 1 and 2 share too few."""
     x, other = torch.randn(60, 6), torch.randn(6, 6)
