@@ -96,7 +96,7 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
 def test_goes_on_after_a_kill(file, data, tmp_path, number):
     """A training that outlives its runner is waited for; the model is that of an experiment nobody disturbed."""
     path, out, undisturbed = file(), tmp_path / "out", tmp_path / "undisturbed"
-    process = popen(*_split(arguments(path, data, out)))
+    process = popen(*_split(arguments(path, data, out)), preexec_fn=_heed_interrupts)
     until = time.monotonic() + 60
     while not list((out / "smoe-seed1").glob("checkpoint_1_*.pt")):
         assert time.monotonic() < until and process.poll() is None
@@ -112,6 +112,11 @@ def test_goes_on_after_a_kill(file, data, tmp_path, number):
     folders = [folder / "smoe-seed1" / "checkpoint_last.pt" for folder in (out, undisturbed)]
     models = [load(path)["model"] for path in folders]
     assert all((models[0][name] == models[1][name]).all() for name in models[0])
+
+
+def _heed_interrupts():
+    """Where the tests run in a shell's background SIGINT is ignored, by whatever they start too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _split(arguments):
