@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     name="fairseq-hyperrouter",
@@ -12,6 +12,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_hyperrouter", "fairseq_hyperrouter.*"]),
+    ext_modules=[
+        Extension(
+            "fairseq_hyperrouter.experts._few_rows",
+            ["fairseq_hyperrouter/experts/few_rows.c"],
+            extra_compile_args=["-O3"],
+            optional=True,  # without a compiler other backends do the work
+        )
+    ],
     python_requires=">=3.10",
     install_requires=[
         "fairseq-fixed==0.12.3.1; python_version >= '3.11'",

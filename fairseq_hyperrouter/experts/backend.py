@@ -1,14 +1,15 @@
 """Which of the implementations computes the experts: the one seam between them and the rest of the package."""
 
 import logging
-from typing import Callable, Dict, Set, Tuple
+from typing import Callable, Dict, Optional, Set, Tuple
 
 import torch
 from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
 
-from .dispatch import Dispatch
+from .dispatch import Dispatch, order_by_expert
+from .few_rows import expert_few_rows, serves
 from .grouped import expert_blocks, expert_grouped
 from .loop import expert_loop
 from .run_products import has_onednn, onednn_is_faster
@@ -28,7 +29,8 @@ BACKENDS: Dict[str, Backend] = {
     "loop": expert_loop,
 }
 AUTO = "auto"
-ENOUGH, PACKED = 2**22, 2**15
+ONEDNN_PAYS = 2**22
+"""Multiply-adds per expert: a call of oneDNN costs more than one of torch."""
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 
 
@@ -42,18 +44,41 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} onednn: this torch ({torch.__version__}) was built without oneDNN")
 
 
-def choose(name: str, x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inference: bool) -> str:
-    """*name*; for "auto" that of the backend for such a call: on CPUs the fastest measured (docs/performance.md)."""
-    chosen = _fastest(x, dispatch, weights, for_inference) if name == AUTO else name
+def compute(
+    name: str,
+    x: Tensor,
+    expert_index: Tensor,
+    gate: Tensor,
+    kept: Optional[Tensor],
+    weights: ExpertWeights,
+    hidden: Hidden,
+) -> Tensor:
+    """Sum over a token's kept assignments of gate * FFN(x), (T, D) -> (T, D), as ``ExpertBank.forward`` takes them.
+
+    Args:
+        name: the backend; for "auto" the fastest measured (docs/performance.md).
+    """
+    if name == AUTO and serves(x, expert_index, gate, weights, hidden):
+        _log_once("few_rows", x)
+        return expert_few_rows(x, expert_index, gate, kept, weights, hidden)
+    return compute_ordered(name, x, order_by_expert(expert_index, len(weights.weight1), kept), gate, weights, hidden)
+
+
+def compute_ordered(
+    name: str, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
+) -> Tensor:
+    """The same where the assignments have been ordered by expert."""
+    chosen = _fastest(x, dispatch, weights) if name == AUTO else name
     _log_once(chosen, x)
-    return chosen
+    return BACKENDS[chosen](x, dispatch, gate, weights, hidden)
 
 
-def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inference: bool) -> str:
+def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     aligned = weights.weight1.size(1) * x.itemsize % 16 == weights.weight1.size(2) * x.itemsize % 16 == 0
     can_group = aligned and HAS_GROUPED_MM and x.dtype in (torch.float32, torch.bfloat16)
     if x.device.type == "cpu":
-        return _fastest_on_cpu(x, dispatch, weights.weight1, for_inference, can_group)
+        each = dispatch.order.numel() * weights.weight1[0].numel() / dispatch.ends.numel()
+        return "onednn" if x.dtype == torch.float32 and onednn_is_faster() and each >= ONEDNN_PAYS else "runs"
     if x.device.type != "cuda":
         return "loop"
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.
@@ -61,22 +86,11 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights, for_inferenc
     return "grouped" if fast and can_group else "blocks"
 
 
-def _fastest_on_cpu(x: Tensor, dispatch: Dispatch, weight1: Tensor, for_inference: bool, can_group: bool) -> str:
-    assignments, experts = dispatch.order.numel(), dispatch.ends.numel()
-    if x.dtype == torch.float32 and onednn_is_faster():
-        # A call of oneDNN costs more than one of torch: it pays from so many multiply-adds per expert on. With packed
-        # weights the fewer are enough, the more of the time goes into reading the weights.
-        enough = ENOUGH * PACKED / weight1[0].numel() if for_inference else ENOUGH
-        if assignments * weight1[0].numel() >= enough * experts:
-            return "onednn"
-    few = experts // 4 <= assignments < 16 * experts
-    return "grouped" if few and can_group and not torch.is_grad_enabled() else "runs"
-
-
 _logged: Set[Tuple[str, str, torch.dtype]] = set()
 
 
 def _log_once(name: str, x: Tensor) -> None:
+    """Say which backend computes, the first time that it does on this device in this dtype."""
     what = (name, x.device.type, x.dtype)
     if what not in _logged:
         _logged.add(what)

@@ -4,7 +4,6 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 """
 
 import math
-from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
@@ -12,19 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.inference import InferenceCache
 
-from .backend import AUTO, BACKENDS, check_backend, choose
+from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
-from .packed import expert_packed, pack
 from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden
 
-FEW_ROWS = 256
-"""Of an expert; with more, reading its weights is little of the work, and packing them not worth it."""
 
-
-class ExpertBank(InferenceCache):
+class ExpertBank(nn.Module):
     """E feed-forward experts: FFN_i(x) = W2_i dropout(activation(x W1_i + b1_i)) + b2_i.
 
     Each expert starts as ``nn.Linear`` does: U(-1/sqrt(n), 1/sqrt(n)), n its number of inputs.
@@ -79,7 +73,6 @@ class ExpertBank(InferenceCache):
     @torch.no_grad()
     def reset_parameters(self, generators: Optional[Sequence[torch.Generator]] = None) -> None:
         """Draw every expert's weights; with *generators*, one per expert, each from its own."""
-        self.forget()
         for place, expert in enumerate(self.local_experts):
             generator = generators[expert] if generators else None
             for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
@@ -116,18 +109,14 @@ class ExpertBank(InferenceCache):
     def _compute(
         self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor], weights: ExpertWeights
     ) -> Tensor:
-        dispatch = order_by_expert(expert_index, self.num_experts, kept)
-        if self.parallel is None:
-            return self._compute_here(x, dispatch, gate, weights)
-        return over_workers(x, dispatch, gate, self.parallel, partial(self._compute_here, weights=weights))
-
-    def _compute_here(self, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
-        backend = choose(self.backend, x, dispatch, weights, self.for_inference)
-        few = dispatch.order.numel() <= FEW_ROWS * len(self.local_experts)
-        if backend == "onednn" and self.for_inference and few:
-            return expert_packed(x, dispatch, gate, self.once(x.dtype, lambda: pack(weights)), hidden)
-        return BACKENDS[backend](x, dispatch, gate, weights, hidden)
+        if self.parallel is None:
+            return compute(self.backend, x, expert_index, gate, kept, weights, hidden)
+
+        def compute_here(x: Tensor, dispatch: Dispatch, gate: Tensor) -> Tensor:
+            return compute_ordered(self.backend, x, dispatch, gate, weights, hidden)
+
+        return over_workers(x, order_by_expert(expert_index, self.num_experts, kept), gate, self.parallel, compute_here)
 
     def gather(self) -> None:
         """Collect all experts on the group's first worker, for the next state dict; all workers must call it."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 4
-PACKED_FOR_ROWS = 32
 ROOM = 2**18  # elements
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -50,16 +49,6 @@ class OneDNNProducts(RunProducts):
         step = max(128, ROOM // b.size(1))  # there is no product into *out*: keep what is copied there small
         for start in range(0, len(a_t), step):
             out[start : start + step] = _linear(a_t[start : start + step], b.t(), None, "none", [], "")
-
-
-def packed_weight(weight: Tensor) -> Tensor:
-    """weight (I, O) in the layout that oneDNN likes best."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), PACKED_FOR_ROWS)
-
-
-def packed_rows(a: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
-    """``OneDNNProducts.rows`` with a packed weight, and with relu of it on the way."""
-    return _linear(a, weight, bias, "relu" if relu else "none", [], "")
 
 
 def has_onednn() -> bool:

@@ -220,15 +220,13 @@ def test_grouped_needs_a_new_torch(monkeypatch):
     monkeypatch.setattr(backends, "HAS_GROUPED_MM", False)
     with pytest.raises(UserError, match=r"--moe-backend grouped: needs torch 2\.10 or later"):
         backends.check_backend("--moe-backend", "grouped")
-    with torch.no_grad():  # few rows: grouped where there is grouped_mm
-        ExpertBank(**SIZES)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
 
 
 @pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "onednn")])
 def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(backends, "onednn_is_faster", lambda: faster)
-    monkeypatch.setattr(backends, "ENOUGH", 1)
+    monkeypatch.setattr(backends, "ONEDNN_PAYS", 1)
     experts = ExpertBank(**SIZES)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -238,52 +236,20 @@ def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
     ]
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.gelu, torch.tanh])
-@pytest.mark.parametrize("index", INDEX.values(), ids=INDEX)
-def test_weights_packed_for_inference(activation, index):
-    experts = bank("onednn", activation=activation, dtype=torch.float32).eval()
-    x, gate, kept = torch.randn(len(index), 4), torch.rand(index.shape), torch.rand(index.shape) < 0.7
-    with torch.no_grad():
-        for mask in (None, kept, torch.zeros_like(kept)):
-            expected = experts(x, index, gate, mask)
-            experts.make_generation_fast_()
-            torch.testing.assert_close(experts(x, index, gate, mask), expected)
-            experts.train().eval()
-
-
-def test_packed_weights_are_forgotten_when_others_are_loaded():
-    experts, others = (bank("onednn", dtype=torch.float32).eval() for _ in range(2))
-    x, index, gate = torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2)
-    with torch.no_grad():
-        for module in (experts, others):
-            module.make_generation_fast_()
-            module(x, index, gate)
-        experts.load_state_dict(others.state_dict())
-        assert torch.equal(experts(x, index, gate), others(x, index, gate))
-
-
 @pytest.mark.parametrize(
-    "tokens, sizes, for_inference, name",
+    "tokens, sizes, name",
     [
-        (8, (16, 32), False, "runs"),  # little work: a call of oneDNN costs more
-        (2048, (32, 64), False, "runs"),
-        (2048, (64, 128), False, "onednn"),
-        (8, (512, 1024), False, "runs"),
-        (8, (512, 1024), True, "onednn"),  # reading the weights is the work, and packed weights are read faster
+        (8, (16, 32), "runs"),  # little work: a call of oneDNN costs more
+        (2048, (32, 64), "runs"),
+        (2048, (64, 128), "onednn"),
+        (8, (512, 1024), "runs"),
     ],
 )
-def test_onednn_where_there_is_enough_work(monkeypatch, tokens, sizes, for_inference, name):
+def test_onednn_where_there_is_enough_work(monkeypatch, tokens, sizes, name):
+    used = []
     monkeypatch.setattr(backends, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(backends, "BACKENDS", {name: lambda *_, name=name: used.append(name) for name in BACKENDS})
     weights = ExpertWeights(*(torch.empty(8, *shape) for shape in (sizes, sizes[1:], sizes[::-1], sizes[:1])))
     dispatch = order_by_expert(torch.zeros(tokens, 4, dtype=torch.long), 8)
-    assert backends.choose("auto", torch.empty(tokens, sizes[0]), dispatch, weights, for_inference) == name
-
-
-def test_many_rows_are_not_worth_packing(monkeypatch):
-    experts = bank("onednn", dtype=torch.float32).eval()
-    experts.make_generation_fast_()
-    for rows, packed in ((250, True), (300, False)):
-        experts.forget()
-        with torch.no_grad():
-            experts(torch.randn(3 * rows, 4), torch.zeros(3 * rows, 1, dtype=torch.long), torch.rand(3 * rows, 1))
-        assert bool(experts._computed) == packed
+    backends.compute_ordered("auto", torch.empty(tokens, sizes[0]), dispatch, torch.empty(tokens, 4), weights, None)
+    assert used == [name]

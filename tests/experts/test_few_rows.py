@@ -1,0 +1,109 @@
+"""The C code for few rows computes what the backend "loop" computes in float64."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairseq_hyperrouter.experts import ExpertBank, few_rows
+from fairseq_hyperrouter.experts import backend as backends
+
+SIZES = {"num_experts": 5, "embed_dim": 37, "ffn_embed_dim": 50}
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if few_rows.native is None:
+        assert shutil.which("gcc") is None, "there is a compiler, but _few_rows was not built"
+        pytest.skip("no compiler: the other backends do the work")
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Which backends computed, in order."""
+    names = []
+    monkeypatch.setattr(backends, "_log_once", lambda name, x: names.append(name))
+    return names
+
+
+def compare(tokens=9, K=2, dropping=None, used=None, **options):
+    bank = ExpertBank(**{**SIZES, **options}).eval()
+    exact = ExpertBank(**{**SIZES, **options}, backend="loop").double().eval()
+    exact.load_state_dict(bank.state_dict())
+    x, gate = torch.randn(tokens, bank.weight1.size(1)), torch.rand(tokens, K)
+    index = torch.rand(tokens, bank.num_experts).argsort()[:, :K]
+    kept = None if dropping is None else torch.rand(tokens, K) >= dropping
+    with torch.no_grad():
+        found = bank(x, index, gate, kept)
+        torch.testing.assert_close(found.double(), exact(x.double(), index, gate.double(), kept), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found, bank(x, index, gate, kept))
+    if used is not None:
+        assert used == ["few_rows", "loop", "few_rows"]
+
+
+@pytest.mark.parametrize("embed_dim", [1, 3, 4, 37, 64])
+@pytest.mark.parametrize("ffn_embed_dim", [1, 15, 16, 50, 700])
+def test_sizes(embed_dim, ffn_embed_dim, used):
+    compare(embed_dim=embed_dim, ffn_embed_dim=ffn_embed_dim, used=used)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 13, 60])
+@pytest.mark.parametrize("sizes", [(37, 50), (300, 600)], ids=str)  # the second: more than stays in the cache
+def test_rows_of_one_expert(tokens, sizes, used):
+    compare(tokens, K=1, num_experts=1, embed_dim=sizes[0], ffn_embed_dim=sizes[1], used=used)
+
+
+@pytest.mark.parametrize("K", [1, 3, 5])
+@pytest.mark.parametrize("dropping", [0, 0.4, 1])
+def test_dropped_assignments(K, dropping, used):
+    compare(K=K, dropping=dropping, used=used)
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, torch.tanh, lambda x: x.t().contiguous().t()])
+def test_activations(activation, used):
+    compare(activation=activation, used=used)
+
+
+def test_inputs_need_not_be_contiguous(used):
+    bank = ExpertBank(**SIZES).eval()
+    x, index, gate = torch.randn(37, 8), torch.randint(5, (2, 8)), torch.rand(2, 8)
+    with torch.no_grad():
+        y = bank(x.t(), index.t(), gate.t(), (gate > 0.5).t())
+        torch.testing.assert_close(
+            y, bank(x.t().clone(), index.t().clone(), gate.t().clone(), (gate > 0.5).t().clone())
+        )
+    assert used == ["few_rows"] * 2
+
+
+def test_who_is_served(used, monkeypatch):
+    """Nobody who wants gradients, dropout, another dtype, many rows, or much work where torch has several threads."""
+
+    def backend(x=None, tokens=4, dtype=torch.float32, **options):
+        bank = ExpertBank(**{**SIZES, **options}).to(dtype)
+        with torch.no_grad():
+            bank(torch.randn(tokens, 37).to(dtype), torch.zeros(tokens, 1, dtype=torch.long), torch.ones(tokens, 1))
+        return used.pop()
+
+    assert backend() == "few_rows"
+    assert backend(backend="runs") == "runs"
+    assert backend(dropout=0.1) == "runs"
+    assert backend(dtype=torch.float64) == "runs"
+    assert backend(tokens=5 * few_rows.ROWS + 1) == "runs"
+    monkeypatch.setattr(few_rows, "ONE_THREAD", 4 * 37 * 50 - 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert backend() == "few_rows"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert backend() == "runs"
+    monkeypatch.undo()
+    bank = ExpertBank(**SIZES)
+    assert bank(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)).requires_grad
+
+
+def test_without_a_compiler(monkeypatch, caplog):
+    monkeypatch.setattr(few_rows, "native", None)
+    monkeypatch.setattr(backends, "_logged", set())
+    with torch.no_grad(), caplog.at_level(logging.INFO):
+        ExpertBank(**SIZES)(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
+    assert "computed by the backend runs" in caplog.text
