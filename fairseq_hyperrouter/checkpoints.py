@@ -157,17 +157,13 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
     if layers[0] != layers[1]:
         one, other = (",".join(map(str, sorted(numbers))) or "none" for numbers in layers)
         return f"--moe-layers: {one} in the checkpoint, {other} in the model"
-    routers = [_router_kind(state) for state in (found, wanted)]
+    routers = [
+        {name.rpartition("moe.router.")[2] for name in state if "moe.router." in name} for state in (found, wanted)
+    ]
     if routers[0] != routers[1]:
-        return f"--moe-router: {routers[0]} in the checkpoint, {routers[1]} in the model"
+        one, other = (", ".join(sorted(tensors)) or "nothing" for tensors in routers)
+        return f"--moe-router: the checkpoint's consists of {one}; the model's of {other}"
     return None
-
-
-def _router_kind(state: Dict[str, Any]) -> str:
-    leaves = {name.rpartition("moe.router.")[2] for name in state if "moe.router." in name}
-    if "embedding" in leaves:
-        return "hyperrouter"
-    return "smoe or smoe-dropout" if "weight" in leaves else "none"
 
 
 def saved_tensors(model: nn.Module) -> Dict[str, Tensor]:

@@ -279,17 +279,16 @@ class MoEConfig(FairseqDataclass):
         if not 0 <= self.moe_router_jitter < 1:
             raise UserError(f"--moe-router-jitter {self.moe_router_jitter}: must be at least 0 and below 1")
         router = ROUTERS[self.moe_router]
-        if self.moe_loss_free_rate and not router.selects_by_logits:
+        if self.moe_loss_free_rate and router.own_choice:
             raise UserError(f"--moe-loss-free-rate {self.moe_loss_free_rate}: {self.moe_router} selects in its own way")
-        if self.moe_router == "switch" and self.moe_gate_softmax == "sigmoid":
-            raise UserError("--moe-gate-softmax sigmoid: switch's gates are a softmax over all experts")
+        fixed = (router.own_choice or router.fixed_gates is not None) and self.moe_gate_softmax != router.fixed_gates
+        if fixed and self.moe_gate_softmax != "selected":  # the default
+            raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax}: {self.moe_router} has gates of its own")
         for name in sorted({name for other in ROUTERS.values() for name in other.takes} - set(router.takes)):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
-        if router.own_gates and self.moe_gate_softmax != "selected":
-            raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax}: {self.moe_router} has gates of its own")
         for name in ("moe_eval_threshold", "moe_eval_top_p"):
-            if router.own_gates and getattr(self, name) is not None:
+            if router.own_choice and getattr(self, name) is not None:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: {self.moe_router} has no probabilities")
         if self.moe_similarity_wt and self.moe_top_k == 1 and self.moe_top_k_schedule == "constant":
             raise UserError(f"--moe-similarity-wt {self.moe_similarity_wt}: with --moe-top-k 1 experts share no token")

@@ -41,7 +41,6 @@ class MoEDecoder(TransformerDecoderBase):
         moe: MoEConfig,
         dictionary: Any,
         embed_tokens: nn.Module,
-        no_encoder_attn: bool = False,
         parallel: Optional[ExpertParallel] = None,
     ) -> None:
         moe.check(cfg.decoder.layers)
@@ -61,7 +60,7 @@ class MoEDecoder(TransformerDecoderBase):
         self.dictionary = dictionary
         self.moe_numbers = sorted(moe.layer_numbers(cfg.decoder.layers))
         self._built: List[Optional[MoELayer]] = []  # one entry per layer that build_decoder_layer was asked for
-        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=True)
         del self._built
         self.schedule = moe.schedule
         self.eval_top_k = moe.eval_top_k(len(self.moe_numbers))
@@ -81,8 +80,6 @@ class MoEDecoder(TransformerDecoderBase):
             count=len(self.moe_numbers),
             lower=[layer.router for layer in self._built if layer is not None],
             vocabulary=len(self.dictionary),
-            updates=self.moe_config.updates,
-            seed=self.moe_config.init_seed,
         )
         moe = build_moe_layer(self.moe_config, cfg, number, place, self.parallel)
         self._built.append(moe)
@@ -130,7 +127,7 @@ class MoEDecoder(TransformerDecoderBase):
     def active_top_k(self, moe_index: int) -> int:
         """Experts per token now, in the *moe_index*-th MoE layer."""
         if self.training and self._at_largest:
-            return max(self.schedule.end, self.schedule.start or 1)
+            return self.schedule.largest
         return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k[moe_index]
 
     def _eval_text(self) -> str:
@@ -147,12 +144,13 @@ class MoEDecoder(TransformerDecoderBase):
     ) -> Tuple[Tensor, Dict[str, List[Any]]]:
         """The stock method with a layer loop that keeps what MoE layers return; same arguments and result.
 
+        There is no encoder: a language model has none.
+
         Returns:
             features (B, T, D) and {"attn", "inner_states", "routing"}
         """
         tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
         x, padding_mask = self._embed(prev_output_tokens, incremental_state)
-        encoder, encoder_padding_mask = (_first(encoder_out, key) for key in ("encoder_out", "encoder_padding_mask"))
         causal = incremental_state is None and not full_context_alignment
         alignment_layer = self.num_layers - 1 if alignment_layer is None else alignment_layer
 
@@ -165,8 +163,8 @@ class MoEDecoder(TransformerDecoderBase):
             moe_index = getattr(layer, "moe_index", None)
             x, layer_attn, _, *routing_fields = layer(
                 x,
-                encoder,
-                encoder_padding_mask,
+                None,
+                None,
                 incremental_state,
                 self_attn_mask=self.buffered_future_mask(x) if causal else None,
                 self_attn_padding_mask=padding_mask,
@@ -224,9 +222,7 @@ class MoEDecoder(TransformerDecoderBase):
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         padding_mask = tokens.eq(self.padding_idx)
-        if not (self.cross_self_attention or padding_mask.any()):
-            padding_mask = None
-        return self.dropout_module(x).transpose(0, 1), padding_mask
+        return self.dropout_module(x).transpose(0, 1), padding_mask if padding_mask.any() else None
 
 
 def build_moe_layer(
@@ -270,7 +266,3 @@ def build_moe_layer(
     experts = range(moe.moe_expert_count)
     layer.experts.reset_parameters([torch.Generator().manual_seed(seed(3 + expert)) for expert in experts])
     return layer
-
-
-def _first(encoder_out: Optional[Dict[str, List[Tensor]]], key: str) -> Optional[Tensor]:
-    return encoder_out[key][0] if encoder_out is not None and encoder_out[key] else None

@@ -71,7 +71,6 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             HyperRouterLanguageModelConfig.from_namespace(args),
             task.target_dictionary,
             model.decoder.embed_tokens,
-            no_encoder_attn=True,
             parallel=ExpertParallel(moe.moe_expert_parallel_size) if divides else None,
         )
         if divides:

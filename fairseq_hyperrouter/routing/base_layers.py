@@ -20,8 +20,8 @@ class BaseLayersRouter(LinearRouter):
     """
 
     trains_with = 1
-    selects_by_logits = False
-    own_gates = True
+    own_choice = True
+    fixed_gates = "sigmoid"
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)
@@ -29,7 +29,7 @@ class BaseLayersRouter(LinearRouter):
             expert_index = _balanced(logits.detach(), context.padding_mask)[:, None]
         else:
             expert_index = self.select(logits, context.top_k)
-        return Routing(logits, expert_index, logits.gather(1, expert_index).sigmoid())
+        return Routing(logits, expert_index, self.gates(logits, expert_index))
 
 
 def _balanced(logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

@@ -33,6 +33,11 @@ class CompeteRouter(LinearRouter):
        loss = loss_weight mean (softmax(z) - softmax(a))^2, a without gradient, and in v2 0.01 times the mean cosine
        between the outputs of a token's chosen experts.
     3. Otherwise, and always outside training: the K largest of z = x W^T + b.
+
+    Args:
+        index, count: which of how many MoE layers this is.
+        warm_up: updates without a competition.
+        seed: of the draws.
     """
 
     has_loss = True
@@ -48,7 +53,10 @@ class CompeteRouter(LinearRouter):
         embed_dim: int,
         num_experts: int,
         *,
-        place: Place,
+        index: int = 0,
+        count: int = 1,
+        warm_up: int = 0,
+        seed: int = 1,
         rate: float = 0.05,
         version: str = "v2",
         loss_weight: float = 1.0,
@@ -59,13 +67,13 @@ class CompeteRouter(LinearRouter):
             raise UserError(f"--moe-compete-version {version!r}: choose from {', '.join(VERSIONS)}")
         if not 0 <= rate <= 1:
             raise UserError(f"--moe-compete-rate {rate}: must be between 0 and 1")
-        self.index, self.count, self.seed = place.index, place.count, place.seed
-        self.warm_up = place.updates // 20
+        self.index, self.count, self.warm_up, self.seed = index, count, warm_up, seed
         self.rate, self.version, self.loss_weight = rate, version, loss_weight
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {**super().options(config, place), "place": place}
+        drawn = {"index": place.index, "count": place.count, "warm_up": config.updates // 20, "seed": config.init_seed}
+        return {**super().options(config, place), **drawn}
 
     def competes(self, update: int) -> bool:
         """Whether this layer competes in this update."""
@@ -77,10 +85,9 @@ class CompeteRouter(LinearRouter):
         return bool(draws[self.index] < self.rate) and int(lower.sum()) < AT_MOST
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        logits = self.logits(x, context)
         if not (self.training and self.competes(context.update)):
-            expert_index = self.select(logits, context.top_k)
-            return Routing(logits, expert_index, self.gates(logits, expert_index))
+            return super().route(x, context)
+        logits = self.logits(x, context)
         outputs = context.experts().to(logits.dtype)  # (T, E, D)
         affinity = F.softplus(outputs).mean(-1) if self.version == "v2" else outputs.norm(dim=-1)
         expert_index = self.biased(affinity).topk(context.top_k, dim=-1).indices

@@ -25,8 +25,7 @@ class ExpertChoiceRouter(LinearRouter):
     """
 
     looks_ahead = True
-    selects_by_logits = False
-    own_gates = True
+    own_choice = True
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         logits = self.logits(x, context)

@@ -28,8 +28,7 @@ class HashRouter(Router):
     """
 
     needs_token_ids = True
-    selects_by_logits = False
-    own_gates = True
+    own_choice = True
 
     def __init__(self, embed_dim: int, num_experts: int, *, vocabulary: int, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)

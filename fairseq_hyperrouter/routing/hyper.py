@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
+from .inference import InferenceCache
 from .router import Place, Router, RoutingContext, check_positive, register_router
 
 HYPERNETWORK_INIT_STD = 0.02
@@ -51,7 +52,7 @@ class HyperNetwork(nn.Module):
 
 
 @register_router("hyperrouter")
-class HyperRouter(Router):
+class HyperRouter(InferenceCache, Router):
     """The router's weights are generated; only the embedding they are generated from is trained.
 
     1. [W, b] = reshape(H(e), (E, D + 1)), e the trained router embedding (C,), drawn from N(0, 1).

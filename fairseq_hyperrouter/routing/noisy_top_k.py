@@ -42,20 +42,18 @@ class NoisyTopKRouter(LinearRouter):
         self.noise_weight.zero_()
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        clean = self.logits(x, context)
         if not self.training:
-            expert_index = self.select(clean, context.top_k)
-            return Routing(clean, expert_index, self.gates(clean, expert_index))
+            return super().route(x, context)
+        clean = self.logits(x, context)
         size = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + LEAST_NOISE
         noisy = clean + torch.randn_like(clean) * size
-        expert_index = self.select(noisy, context.top_k)
-        gate = self.gates(noisy, expert_index)
+        routing = self.choose(noisy, context.top_k)
         counts = context.counts(clean)
-        importance = torch.zeros_like(noisy).scatter(1, expert_index, gate)
+        importance = torch.zeros_like(noisy).scatter(1, routing.expert_index, routing.gate)
         loss = _squared_variation(importance * counts)
         if context.top_k < self.num_experts:
             loss = loss + _squared_variation(self._stays(clean, noisy, size, context.top_k) * counts)
-        return Routing(noisy, expert_index, gate, loss=self.loss_weight * loss)
+        return routing._replace(loss=self.loss_weight * loss)
 
     def _stays(self, clean: Tensor, noisy: Tensor, size: Tensor, top_k: int) -> Tensor:
         return _probability_to_stay(self.biased(clean), self.biased(noisy), size, top_k)

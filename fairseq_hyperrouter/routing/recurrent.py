@@ -89,6 +89,4 @@ class RecurrentRouter(Router):
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         state = self._state(x, context)
-        logits = self._of_state(state)
-        expert_index = self.select(logits, context.top_k)
-        return Routing(logits, expert_index, self.gates(logits, expert_index), state=state)
+        return self.choose(self._of_state(state), context.top_k)._replace(state=state)

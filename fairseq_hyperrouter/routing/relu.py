@@ -30,8 +30,7 @@ class ReluRouter(LinearRouter):
     learns_from_load = True
     has_loss = True
     takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
-    selects_by_logits = False
-    own_gates = True
+    own_choice = True
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = START, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)

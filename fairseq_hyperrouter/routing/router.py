@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.inference import InferenceCache
 
 from .limit import Limit
 from .routing import Routing
@@ -64,12 +63,9 @@ class Place(NamedTuple):
     """The routers of the MoE layers below, to share weights with."""
     vocabulary: int = 0
     """Symbols in the dictionary."""
-    updates: int = 0
-    """How many updates the training will make; 0 when nobody knows."""
-    seed: int = 1
 
 
-class Router(InferenceCache, ABC):
+class Router(nn.Module, ABC):
     """Choose K of E experts for every token.
 
     1. In training with a ``jitter`` e: x is multiplied by numbers drawn from U(1 - e, 1 + e) (arXiv 2101.03961).
@@ -92,8 +88,9 @@ class Router(InferenceCache, ABC):
 
     and what it makes of options:
 
-    - ``selects_by_logits``: ``select`` is all there is to the choice, so that loss-free balancing can move it;
-    - ``own_gates``: the gates do not come from ``gate_softmax``;
+    - ``own_choice``: experts and gates are not those of steps 3 and 4, so that loss-free balancing, ``gate_softmax``
+      and thresholds have no say;
+    - ``fixed_gates``: the only ``gate_softmax`` it has;
     - ``takes``: the options that only some routers have and this one reads, with the argument of its constructor that
       each is passed as when it is given.
 
@@ -107,8 +104,8 @@ class Router(InferenceCache, ABC):
     looks_ahead = False
     learns_from_load = False
     has_loss = False
-    selects_by_logits = True
-    own_gates = False
+    own_choice = False
+    fixed_gates: Optional[str] = None
     takes: Mapping[str, str] = {}
 
     def __init__(
@@ -116,7 +113,7 @@ class Router(InferenceCache, ABC):
         embed_dim: int,
         num_experts: int,
         *,
-        gate_softmax: str = "selected",
+        gate_softmax: Optional[str] = None,
         jitter: float = 0.0,
         loss_free_rate: float = 0.0,
     ) -> None:
@@ -125,8 +122,10 @@ class Router(InferenceCache, ABC):
             raise UserError(f"router embed_dim {embed_dim}: must be at least 1")
         if num_experts < 1:
             raise UserError(f"router num_experts {num_experts}: must be at least 1")
-        if gate_softmax not in GATE_SOFTMAX:
-            raise UserError(f"gate_softmax {gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
+        allowed = GATE_SOFTMAX if self.fixed_gates is None else (self.fixed_gates,)
+        gate_softmax = allowed[0] if gate_softmax is None else gate_softmax
+        if gate_softmax not in allowed:
+            raise UserError(f"gate_softmax {gate_softmax!r}: choose from {', '.join(allowed)}")
         if not 0 <= jitter < 1:
             raise UserError(f"router jitter {jitter}: must be at least 0 and below 1")
         if not 0 <= loss_free_rate < math.inf:
@@ -137,7 +136,7 @@ class Router(InferenceCache, ABC):
         self.jitter = jitter
         self.loss_free_rate = loss_free_rate
         if loss_free_rate:
-            if not self.selects_by_logits:
+            if self.own_choice:
                 raise UserError(f"loss_free_rate {loss_free_rate}: {type(self).__name__} selects in its own way")
             self.learns_from_load = True
             # whole numbers: a half precision model would lose steps of 0.001
@@ -154,7 +153,7 @@ class Router(InferenceCache, ABC):
         own = {argument: getattr(config, name) for name, argument in cls.takes.items()}
         return {
             **{argument: value for argument, value in own.items() if value is not None},
-            "gate_softmax": config.moe_gate_softmax,
+            "gate_softmax": cls.fixed_gates or config.moe_gate_softmax,
             "jitter": config.moe_router_jitter,
             "loss_free_rate": config.moe_loss_free_rate,
         }
@@ -188,14 +187,17 @@ class Router(InferenceCache, ABC):
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """Steps 2 to 4, in float32 or wider; who calls takes padding out."""
-        logits = self.logits(x, context)
-        expert_index = self.select(logits, context.top_k)
+        return self.choose(self.logits(x, context), context.top_k)
+
+    def choose(self, logits: Tensor, top_k: int) -> Routing:
+        """Steps 3 and 4."""
+        expert_index = self.select(logits, top_k)
         return Routing(logits, expert_index, self.gates(logits, expert_index))
 
     @property
     def gates_sum_to_1(self) -> bool:
         """Whether the gates of every token do, whatever K."""
-        return not self.own_gates and self.gate_softmax == "selected"
+        return not self.own_choice and self.gate_softmax == "selected"
 
     def biased(self, logits: Tensor) -> Tensor:
         """The logits with loss-free balancing's bias, which count for the selection."""

@@ -91,9 +91,16 @@ class TopKSchedule:
                 f"--moe-top-k-schedule {self.name}: needs to know the number of updates, "
                 "set --max-update or --moe-top-k-schedule-updates to at least 1"
             )
+        if self.name == "elastic" and self.start is not None and self.start > self.end:
+            raise UserError(f"--moe-top-k-start {self.start}: elastic grows, at most --moe-top-k ({self.end})")
         if self.name == "elastic" and not all(isinstance(k, int) and 1 <= k <= self.end for k in self._choices):
             drawn = ",".join(map(str, self._choices))
             raise UserError(f"--moe-top-k-choices {drawn}: each must be an integer from 1 to --moe-top-k ({self.end})")
+
+    @property
+    def largest(self) -> int:
+        """The most experts that a token has at any update."""
+        return max(self.end, self.start or 1)
 
     @property
     def needs_updates(self) -> bool:

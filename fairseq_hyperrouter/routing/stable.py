@@ -31,8 +31,8 @@ class StableRouter(LinearRouter):
     """
 
     trains_with = 1
-    selects_by_logits = False
-    own_gates = True
+    own_choice = True
+    fixed_gates = "sigmoid"
     needs_token_ids = True
     has_loss = True
     takes = {
@@ -68,7 +68,7 @@ class StableRouter(LinearRouter):
 
     @classmethod
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        tenth = max(1, place.updates // 10) if place.updates else None
+        tenth = max(1, config.updates // 10) if config.updates else None
         return {"stage1_updates": tenth, "vocabulary": place.vocabulary, **super().options(config, place)}
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class StableRouter(LinearRouter):
         words = self.frozen_words[context.token_ids].to(x.dtype)
         chosen_by = torch.where(self.is_frozen, F.linear(words, self.frozen_experts.to(x.dtype)), logits.detach())
         expert_index = chosen_by.topk(context.top_k, dim=-1).indices
-        gate = logits.gather(1, expert_index).sigmoid()
+        gate = self.gates(logits, expert_index)
         loss = self._loss(logits, expert_index, gate, context) if self.training else None
         return Routing(logits, expert_index, gate, loss=loss)
 

@@ -1,11 +1,7 @@
 """Switch Transformer's router (Fedus et al., arXiv 2101.03961)."""
 
-from typing import Any, Dict
-
-from fairseq_hyperrouter.errors import UserError
-
 from .linear import LinearRouter
-from .router import Place, register_router
+from .router import register_router
 
 
 @register_router("switch")
@@ -17,11 +13,4 @@ class SwitchRouter(LinearRouter):
     and the balance loss, ``--moe-gate-loss-wt 0.01``.
     """
 
-    def __init__(self, embed_dim: int, num_experts: int, *, gate_softmax: str = "all", **options: Any) -> None:
-        if gate_softmax != "all":
-            raise UserError(f"gate_softmax {gate_softmax}: switch's gates are a softmax over all experts")
-        super().__init__(embed_dim, num_experts, gate_softmax=gate_softmax, **options)
-
-    @classmethod
-    def options(cls, config: Any, place: Place) -> Dict[str, Any]:
-        return {**super().options(config, place), "gate_softmax": "all"}
+    fixed_gates = "all"

@@ -3,12 +3,12 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_hyperrouter import MoELayer, RoutingContext, UserError
+from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.routing import CompeteRouter, Place
 
 
 def router(**options):
-    place = Place(6, index=options.pop("index", 0), count=options.pop("count", 1), updates=options.pop("updates", 0))
-    return CompeteRouter(6, 4, place=place, init_std=0.5, **options)
+    return CompeteRouter(6, 4, init_std=0.5, **options)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -52,10 +52,10 @@ def test_the_router_learns_what_competition_says():
 
 
 def test_when_it_competes():
-    routers = [router(rate=0.3, index=i, count=8, updates=1000) for i in range(8)]
+    routers = [router(rate=0.3, index=i, count=8, warm_up=50) for i in range(8)]
     table = torch.tensor([[one.competes(update) for one in routers] for update in range(1000)])
     assert not table[:50].any() and table.sum(1).max() == 3
-    alone = router(rate=0.05, updates=1000)
+    alone = router(rate=0.05, warm_up=50)
     assert 20 < sum(alone.competes(update) for update in range(1000)) < 80
     assert not any(router(rate=0.0).competes(update) for update in range(100))
 
@@ -75,3 +75,9 @@ def test_a_competition_in_half_precision(dtype):
     layer = MoELayer(router(rate=1.0), 8, top_k=2).to(dtype)
     y, routing = layer(torch.randn(7, 6).to(dtype))
     assert y.dtype == dtype and routing.loss > 0
+
+
+def test_warm_up_and_place_come_from_the_model():
+    config = MoEConfig(moe_router="compete", moe_expert_count=4, max_update=1000, seed=7)
+    router = CompeteRouter.from_config(config, Place(6, index=2, count=3))
+    assert (router.index, router.count, router.warm_up, router.seed) == (2, 3, 50, 7)

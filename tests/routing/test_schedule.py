@@ -171,3 +171,13 @@ def test_a_k_below_one_is_refused(options):
 )
 def test_says_what_it_does(schedule, text):
     assert str(schedule) == text
+
+
+def test_elastic_cannot_fall():
+    with pytest.raises(UserError, match=r"--moe-top-k-start 4: elastic grows, at most --moe-top-k \(2\)"):
+        TopKSchedule("elastic", end=2, start=4, updates=10)
+
+
+def test_largest():
+    assert TopKSchedule("linear", end=2, start=8, updates=10).largest == 8
+    assert TopKSchedule("linear", end=8, updates=10).largest == 8

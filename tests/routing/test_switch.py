@@ -17,5 +17,5 @@ def test_gates_are_probabilities_of_the_full_softmax(from_options):
 
 
 def test_other_gates_are_refused():
-    with pytest.raises(UserError, match="gate_softmax selected: switch's gates are a softmax over all experts"):
+    with pytest.raises(UserError, match="gate_softmax 'selected': choose from all"):
         SwitchRouter(8, 5, gate_softmax="selected")

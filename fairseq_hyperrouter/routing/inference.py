@@ -16,8 +16,8 @@ class InferenceCache(nn.Module):
     weights that are changed in place do not.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.for_inference = False
         self._computed: Dict[Hashable, Any] = {}
 
