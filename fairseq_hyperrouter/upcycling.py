@@ -9,7 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
-from .checkpoints import read_model_cfg, restored_checkpoint, saved_tensors
+from .checks.checkpoints import read_model_cfg, restored_checkpoint, saved_tensors
 from .errors import UserError, option_name
 from .moe_layer import MoELayer
 

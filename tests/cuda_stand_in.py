@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import fairseq_hyperrouter.stock_options
+import fairseq_hyperrouter.checks.stock_options
 
 
 class Stream:
@@ -52,7 +52,7 @@ def answer_for_the_cpu():
     DistributedDataParallel.__init__ = lambda self, module, device_ids, output_device, **options: init(
         self, module, **options
     )
-    fairseq_hyperrouter.stock_options.check_workers = lambda cfg: None  # would refuse them on the CPU
+    fairseq_hyperrouter.checks.stock_options.check_workers = lambda cfg: None  # would refuse them on the CPU
 
 
 if __name__ == "__main__":

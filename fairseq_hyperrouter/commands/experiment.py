@@ -5,8 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ..checks.data_folder import check_folders
 from ..config import parse_ints
-from ..data_folder import check_folders
 from ..errors import UserError
 from ..experiments import read_experiment, run_experiment
 from .evaluating import DATA, show

@@ -13,9 +13,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_hyperrouter.distributed_options import number_of_workers
 from fairseq_hyperrouter.errors import UserError, option_name
 from fairseq_hyperrouter.routing import Routing, losses
+from fairseq_hyperrouter.workers import number_of_workers
 
 Routings = Sequence[Optional[Routing]]
 

@@ -18,16 +18,16 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from fairseq_hyperrouter.checkpoints import check_readable, shape_difference, whole_tensors
+from fairseq_hyperrouter.checks.checkpoints import check_readable, shape_difference, whole_tensors
+from fairseq_hyperrouter.checks.data_folder import check_folders
+from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers, check_expert_parallel
+from fairseq_hyperrouter.checks.stock_options import check_model_options, check_routing_parts, check_training
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
-from fairseq_hyperrouter.data_folder import check_folders
-from fairseq_hyperrouter.distributed_options import check_evaluation_workers, check_expert_parallel
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
-from fairseq_hyperrouter.stock_options import check_model_options, check_routing_parts, check_training
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
 
 from .moe_decoder import MoEDecoder

@@ -1,24 +1,36 @@
-"""How tokens choose experts; knows tensors only."""
+"""How tokens choose experts; knows neither experts nor fairseq.
 
-from .base_layers import BaseLayersRouter
+router.py     Router: logits, top-k, gates; what a method gets from it and may override
+methods/      one routing method per file
+routing.py    Routing, what a router returns
+limit.py      fewer experts for a token than K
+capacity.py   fewer tokens for an expert than chose it
+schedule.py   K as a function of the update
+losses.py     balance losses and metrics of a Routing
+"""
+
 from .capacity import limit_capacity
-from .compete import CompeteRouter
-from .cosine import CosineRouter
-from .expert_choice import ExpertChoiceRouter
-from .fixed import FixedRouter
-from .gshard import GShardRouter
-from .hash import HashRouter
-from .hyper import HyperNetwork, HyperRouter
 from .limit import Limit
-from .linear import LinearRouter
-from .noisy_top_k import NoisyTopKRouter
-from .recurrent import RecurrentRouter
-from .relu import ReluRouter
+from .methods import (
+    BaseLayersRouter,
+    CompeteRouter,
+    CosineRouter,
+    ExpertChoiceRouter,
+    FixedRouter,
+    GShardRouter,
+    HashRouter,
+    HyperNetwork,
+    HyperRouter,
+    LinearRouter,
+    NoisyTopKRouter,
+    RecurrentRouter,
+    ReluRouter,
+    StableRouter,
+    SwitchRouter,
+)
 from .router import ROUTERS, Place, Router, RoutingContext, register_router
 from .routing import Routing
 from .schedule import TopKSchedule
-from .stable import StableRouter
-from .switch import SwitchRouter
 
 __all__ = [
     "BaseLayersRouter",

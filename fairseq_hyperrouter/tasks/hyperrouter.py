@@ -11,13 +11,14 @@ from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
+from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
+from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers
+from fairseq_hyperrouter.checks.stock_options import check_training
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
-from fairseq_hyperrouter.data_folder import check_folders, check_split
-from fairseq_hyperrouter.distributed_options import check_evaluation_workers, number_of_workers
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.stock_options import check_training
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
+from fairseq_hyperrouter.workers import number_of_workers
 
 from .epoch_batches import EpochBatches
 from .update_load import UpdateLoad

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairseq_hyperrouter.distributed_options import number_of_workers
 from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.workers import number_of_workers
 
 
 class UpdateLoad:

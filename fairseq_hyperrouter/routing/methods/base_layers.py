@@ -5,10 +5,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..router import RoutingContext, register_router
+from ..routing import Routing
 from .assignment import balanced_assignment
 from .linear import LinearRouter
-from .router import RoutingContext, register_router
-from .routing import Routing
 
 
 @register_router("base")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..router import RoutingContext, register_router
+from ..routing import Routing
 from .linear import LinearRouter
-from .router import RoutingContext, register_router
-from .routing import Routing
 
 LEAST_NOISE = 0.01
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router import Router, RoutingContext, check_positive, register_router
+from ..router import Router, RoutingContext, check_positive, register_router
 
 DEFAULT_INIT_STD = 0.02
 

@@ -6,8 +6,8 @@ from fairseq.data import indexed_dataset
 from fairseq.data.data_utils import load_indexed_dataset
 
 from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.command_line import explain
-from fairseq_hyperrouter.data_folder import check_folders, check_split
 from tests.tiny import tiny_dictionary
 
 SMALL, LARGE = 100, 100_000  # sizes of the vocabulary: fairseq writes 2 and 4 bytes a token

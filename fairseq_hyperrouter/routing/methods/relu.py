@@ -8,9 +8,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from ..router import RoutingContext, register_router
+from ..routing import Routing
 from .linear import LinearRouter
-from .router import RoutingContext, register_router
-from .routing import Routing
 
 START, STEP, MOST_STEPS = 1e-8, 1.2, 200
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
+from ..router import Place, RoutingContext, register_router
+from ..routing import Routing
 from .linear import LinearRouter
-from .router import Place, RoutingContext, register_router
-from .routing import Routing
 
 
 @register_router("stable")

@@ -5,8 +5,9 @@ import torch
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
-from fairseq_hyperrouter import UserError, distributed_options
-from fairseq_hyperrouter.distributed_options import check_expert_parallel, check_workers
+from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.checks import distributed_options
+from fairseq_hyperrouter.checks.distributed_options import check_expert_parallel, check_workers
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from .config import MoEConfig
-from .errors import UserError
-from .experts import ExpertBank
+from ..config import MoEConfig
+from ..errors import UserError
+from ..experts import ExpertBank
 
 logger = logging.getLogger(__name__)
 

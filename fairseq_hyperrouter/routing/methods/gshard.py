@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..router import register_router
 from .linear import LinearRouter
-from .router import register_router
 
 
 @register_router("gshard")

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from .command_line import running_command
-from .errors import UserError
-from .routing import ROUTERS
+from ..command_line import running_command
+from ..errors import UserError
+from ..routing import ROUTERS
+from ..workers import number_of_workers
 
 OPTION = "--moe-expert-parallel-size"
 
@@ -86,8 +86,3 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
     ):
         if is_given:
             raise UserError(f"{what}: not together with {OPTION} {size}: {way_out}")
-
-
-def number_of_workers() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

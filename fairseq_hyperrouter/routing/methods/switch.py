@@ -1,7 +1,7 @@
 """Switch Transformer's router (Fedus et al., arXiv 2101.03961)."""
 
+from ..router import register_router
 from .linear import LinearRouter
-from .router import register_router
 
 
 @register_router("switch")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Place, Router, RoutingContext, check_positive, register_router
-from .routing import Routing
+from ..router import Place, Router, RoutingContext, check_positive, register_router
+from ..routing import Routing
 
 
 @register_router("recurrent")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Router, RoutingContext, register_router
+from ..router import Router, RoutingContext, register_router
 
 INITIAL_TEMPERATURE = 0.07
 LEAST_TEMPERATURE = 0.01

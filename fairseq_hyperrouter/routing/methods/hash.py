@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
 
-from .router import Place, Router, RoutingContext, register_router
-from .routing import Routing
+from ..router import Place, Router, RoutingContext, register_router
+from ..routing import Routing
 
 
 @register_router("hash")

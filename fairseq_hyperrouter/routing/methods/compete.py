@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
 
+from ..router import Place, RoutingContext, register_router
+from ..routing import Routing
 from .linear import LinearRouter
-from .router import Place, RoutingContext, register_router
-from .routing import Routing
 
 AT_MOST = 3
 """Layers that compete in one update."""

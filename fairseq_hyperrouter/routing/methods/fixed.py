@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..router import register_router
 from .linear import LinearRouter
-from .router import register_router
 
 
 @register_router("smoe-dropout")

@@ -7,9 +7,9 @@ import math
 
 from torch import Tensor
 
+from ..router import RoutingContext, register_router
+from ..routing import Routing
 from .linear import LinearRouter
-from .router import RoutingContext, register_router
-from .routing import Routing
 
 
 @register_router("expert-choice")

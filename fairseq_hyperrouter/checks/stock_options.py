@@ -5,11 +5,11 @@ import re
 from itertools import pairwise
 from typing import Any, Sequence
 
+from ..config import parse_ints
+from ..errors import UserError, option_name
+from ..routing import ROUTERS
 from .checkpoints import check_same_model, repair, restored_checkpoint
-from .config import parse_ints
 from .distributed_options import check_workers
-from .errors import UserError, option_name
-from .routing import ROUTERS
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import torch
 
 from fairseq_hyperrouter import RoutingContext
 from fairseq_hyperrouter.routing import NoisyTopKRouter
-from fairseq_hyperrouter.routing.noisy_top_k import _probability_to_stay, _squared_variation
+from fairseq_hyperrouter.routing.methods.noisy_top_k import _probability_to_stay, _squared_variation
 
 
 def test_no_noise_outside_training():
