@@ -23,7 +23,10 @@ class MoELayer(nn.Module):
     2. In training with a ``capacity_factor``: drop the assignments over the experts' capacity. Without
        one, and always in evaluation, nothing is dropped.
     3. Compute: y = sum over the chosen experts of gate * FFN(x); plus the shared experts, ungated
-       (DeepSeekMoE, arXiv 2401.06066).
+       (DeepSeekMoE, arXiv 2401.06066); plus, with an ``adapter_dim``, what the experts that were not chosen
+       suggest (HyperMoE, arXiv 2402.12656).
+    4. In training with a ``similarity_weight``: add SimSMoE's penalty on experts that compute the same
+       (arXiv 2406.15883) to the loss in the Routing.
 
     Padding is routed nowhere and gets nothing from the routed experts.
 

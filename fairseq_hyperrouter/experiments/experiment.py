@@ -9,7 +9,8 @@
       SMoE: {moe-router: smoe}
       HyperRouter, k = 1: {moe-router: hyperrouter, moe-top-k: 1, row: specialists, at: [1]}
     settings:
-      scaled: {data: data-bin/wikitext-2, seeds: [1, 2, 3], options: {max-update: 2000}}
+      words: {data: data-bin/wikitext-2, seeds: [1, 2, 3], options: {max-update: 2000}}
+      bytes: {data: data-bin/enwik8, metric: bits_per_character}
 
 Options are those of fairseq-train without their dashes: ``true`` gives a flag, ``null`` takes one of the shared ones
 away. A run's go before a setting's, and those before the shared ones. Runs of one ``row`` fill one row of the table
@@ -28,7 +29,7 @@ from fairseq_hyperrouter.errors import UserError
 METRICS = ("perplexity", "bits_per_character", "bits_per_token")
 CHECKPOINTS = ("last", "best")
 _FILE = {"title", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
-_SETTING = {"data", "seeds", "options", "evaluation"}
+_SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
 """Options that the runner gives itself."""
 
@@ -85,7 +86,8 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         raise UserError(f"--setting {setting}: {path} has {', '.join(map(str, settings))}")
     chosen = settings[setting] or {}
     _check_keys(path, f"settings: {setting}", chosen, _SETTING)
-    metric, checkpoint = content.get("metric", METRICS[0]), content.get("checkpoint", CHECKPOINTS[0])
+    metric = chosen.get("metric", content.get("metric", METRICS[0]))
+    checkpoint = content.get("checkpoint", CHECKPOINTS[0])
     for key, value, allowed in (("metric", metric, METRICS), ("checkpoint", checkpoint, CHECKPOINTS)):
         if value not in allowed:
             raise UserError(f"{path}: {key} {value}: choose from {', '.join(allowed)}")

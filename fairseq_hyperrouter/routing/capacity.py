@@ -11,7 +11,8 @@ from .routing import Routing
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     """Drop the assignments beyond what each expert may take.
 
-    1. Capacity C = ceil(capacity_factor * K * valid tokens / E), the same for every expert.
+    1. Capacity C = ceil(capacity_factor * N / E), the same for every expert, N the assignments that would be carried
+       out: K for every token but padding, and fewer where tokens have fewer than K experts.
     2. Assignments queue at their expert in the order of the tokens, a token's best expert first.
        With time-major tokens no token can push out an earlier one, so a causal decoder stays causal.
     3. Those after the first C are not carried out: their entry in ``kept`` is False, the gates of the

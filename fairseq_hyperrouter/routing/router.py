@@ -74,7 +74,8 @@ class Router(nn.Module, ABC):
     4. gate = softmax of z over the K selected entries (``gate_softmax="selected"``, so that the gates
        of a token sum to 1) or over all E (``"all"``, as in Switch, arXiv 2101.03961), or sigmoid of z (``"sigmoid"``).
        At K = 1 the first is the constant 1 and gives the router no gradient; the others do.
-    5. After every update, with a ``loss_free_rate`` (arXiv 2408.15664): bias_i += rate * sign(mean load - load_i), over
+    5. A token goes without those of its K experts that the context's ``limit`` takes; padding goes nowhere.
+    6. After every update, with a ``loss_free_rate`` (arXiv 2408.15664): bias_i += rate * sign(mean load - load_i), over
        the tokens of all workers; the mean over the experts is taken off.
 
     A subclass gives ``logits`` and ``reset_parameters``, and overrides of the other steps only what is its own.
