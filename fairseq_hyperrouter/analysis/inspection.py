@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from fairseq_hyperrouter.experts.similarity import cka
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Routing, RoutingContext
 
@@ -81,7 +82,7 @@ def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any
     E = logits.size(1)
     x = seen.x[:sample]
     outputs = layer._every_expert(x)  # (T, E, D)
-    cka = statistics.pairwise(statistics.cka, outputs.transpose(0, 1))
+    similarity = statistics.pairwise(cka, outputs.transpose(0, 1).double())
     weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
     cosine = statistics.pairwise(statistics.cosine, weights)
     terms = list(_routing_terms(layer, seen, outputs, top_k))
@@ -97,8 +98,8 @@ def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any
         "max_violation": statistics.max_violation(load).item(),
         "unused_experts": int((load == 0).sum()),
         "mean_experts": seen.chosen.sum(1).double().mean().item(),
-        "output_similarity": cka.tolist(),
-        "mean_output_similarity": cka[others].mean().item() if E > 1 else None,
+        "output_similarity": similarity.tolist(),
+        "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
         "weight_similarity": cosine.tolist(),
         "mean_weight_similarity": cosine[others].mean().item() if E > 1 else None,
         "hidden_rank": statistics.effective_rank(x - x.mean(0)).item(),

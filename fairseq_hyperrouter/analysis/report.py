@@ -23,7 +23,12 @@ NUMBERS = (
     ("coefficient_of_variation", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),
     ("max_violation", "max violation", "load of the fullest expert over the mean, less 1"),
     ("unused_experts", "unused", "experts that no token has"),
-    ("mean_output_similarity", "output CKA", "similarity of two experts' outputs, mean over pairs"),
+    (
+        "mean_output_similarity",
+        "output CKA",
+        "of two experts' outputs, unbiased: 1 when equal but for rotation, scale and shift, about 0 when unrelated; "
+        "mean over pairs",
+    ),
     ("mean_weight_similarity", "weight cosine", "of two experts' weights, mean over pairs"),
     ("hidden_rank", "rank of inputs", "effective rank of the router's input, at most the width"),
     ("jacobian_rank", "rank of J's routing term", "at one token, mean"),

@@ -53,16 +53,6 @@ def changed(one: Tensor, other: Tensor) -> Tensor:
     return (one != other).any(-1).double().mean()
 
 
-def cka(one: Tensor, other: Tensor) -> Tensor:
-    """0-dim: linear centred kernel alignment of two (T, D) outputs (arXiv 1905.00414).
-
-    1 when one is the other turned, mirrored, scaled or shifted; 0 when they have nothing linear in common.
-    """
-    one, other = (y.double() - y.double().mean(0) for y in (one, other))
-    together = (one.t() @ other).square().sum()
-    return together / ((one.t() @ one).norm() * (other.t() @ other).norm()).clamp(min=1e-300)
-
-
 def pairwise(measure: Callable[[Tensor, Tensor], Tensor], items: Tensor) -> Tensor:
     """(E, E) a symmetric *measure* of every pair of the E *items*."""
     E = len(items)
