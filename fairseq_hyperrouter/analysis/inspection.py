@@ -14,6 +14,7 @@ from fairseq_hyperrouter.routing import Routing, RoutingContext
 
 from . import statistics
 from .evaluation import Evaluator
+from .observation import observed
 
 TOP_TOKENS = 12
 JACOBIANS = 64
@@ -55,18 +56,36 @@ def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int 
     evaluator.model.set_eval_top_k(top_k)
     seen: List[List[Seen]] = [[] for _ in evaluator.layers]
     found = 0
-    for batch in evaluator.batches(f"{evaluator.label}: routing"):
-        with _Recorder(evaluator.layers) as recorder:
+
+    def keep(layer: int, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> None:
+        one = _tokens(x, arguments, routing)
+        # of the tokens themselves all are kept, of what is wide only the sample
+        seen[layer].append(one if found < sample else one._replace(x=one.x[:0], state=None))
+
+    with observed(evaluator.layers, keep):
+        for batch in evaluator.batches(f"{evaluator.label}: routing"):
             evaluator.forward(batch)
-        for layer, one in zip(seen, recorder.seen):
-            # of the tokens themselves all are kept, of what is wide only the sample
-            layer.append(one if found < sample else one._replace(x=one.x[:0], state=None))
-        found += len(seen[0][-1].token_ids)
-        if found >= tokens:
-            break
+            found = sum(len(one.token_ids) for one in seen[0])
+            if found >= tokens:
+                break
     dictionary = evaluator.task.target_dictionary
     layers = [_layer(layer, _together(one), top_k, sample, dictionary) for layer, one in zip(evaluator.layers, seen)]
     return Inspection(layers, [torch.cat([one.chosen for one in layer]) for layer in seen])
+
+
+def _tokens(x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:
+    """Of one forward pass, padding left out."""
+    x = x.flatten(0, -2)
+    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if routing.token_mask is None else routing.token_mask
+    state = arguments.get("router_state")
+    return Seen(
+        x[counts].float(),
+        routing.logits[counts],
+        routing.chosen_mask()[counts],
+        routing.expert_index[counts],
+        arguments["token_ids"].reshape(-1)[counts],
+        None if state is None else state[counts],
+    )
 
 
 def _together(parts: Sequence[Seen]) -> Seen:
@@ -81,7 +100,7 @@ def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any
     logits, load = seen.logits, seen.chosen.sum(0)
     E = logits.size(1)
     x = seen.x[:sample]
-    outputs = layer._every_expert(x)  # (T, E, D)
+    outputs = layer.every_expert(x)  # (T, E, D)
     similarity = statistics.pairwise(cka, outputs.transpose(0, 1).double())
     weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
     cosine = statistics.pairwise(statistics.cosine, weights)
@@ -149,36 +168,3 @@ def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:
             ]
         )
     return found
-
-
-class _Recorder:
-    """Keeps, inside a ``with`` block, what every MoE layer saw."""
-
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
-        self.layers = layers
-        self.seen: List[Seen] = []
-
-    def __enter__(self) -> "_Recorder":
-        self.hooks = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in self.layers]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _hook(self, _: MoELayer, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
-        x: Tensor = args[0].flatten(0, -2)
-        routing: Routing = output[1]
-        mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        mask = mask if routing.token_mask is None else routing.token_mask
-        state = kwargs.get("router_state")
-        self.seen.append(
-            Seen(
-                x[mask].float(),
-                routing.logits[mask],
-                routing.chosen_mask()[mask],
-                routing.expert_index[mask],
-                kwargs["token_ids"].reshape(-1)[mask],
-                None if state is None else state[mask],
-            )
-        )
