@@ -1,8 +1,9 @@
 """A checkpoint's model, ready to be evaluated again and again with other experts per token."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -10,6 +11,7 @@ from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import eval_lm
 from torch import Tensor
 
+from fairseq_hyperrouter.config import TopK
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Routing, losses
@@ -19,7 +21,6 @@ from .cost import model_cost
 from .observation import observed
 
 Row = Dict[str, Any]
-TopK = Union[int, Sequence[int]]
 
 
 class Evaluator:
@@ -89,19 +90,18 @@ class Evaluator:
     def at(self, top_k: Optional[TopK] = None, top_p: Optional[float] = None, show: bool = True) -> Row:
         """Loss, speed and cost with *top_k* experts per token, or as many per MoE layer, and of these *top_p*.
 
+        Exactly so many: a threshold or top-p that the checkpoint was trained with does not hold.
         "mean_top_k" is how many experts a token had, averaged over tokens and layers. Without experts *top_k* is None.
         """
         name = f"{self.label} k={as_text(top_k)}" if self.has_experts else self.label
         row: Row = {"checkpoint": str(self.path), "label": self.label, "top_k": top_k, "split": self.split}
-        if self.has_experts:
-            self.model.set_eval_top_k(as_text(top_k))
-            self.model.decoder.moe_config.moe_eval_top_p = top_p
+        at_top_k = self.model.at_top_k(top_k, top_p=top_p) if self.has_experts else nullcontext()
         counts = torch.zeros(len(self.layers), 2, dtype=torch.double, device=self.device)
 
         def count(layer: int, _: Tensor, __: Dict[str, Any], routing: Routing) -> None:
             counts[layer] += torch.stack((losses.expert_load(routing).sum(), losses.num_tokens(routing)))
 
-        with observed(self.layers, count):
+        with at_top_k, observed(self.layers, count):
             row.update(context=self.context, **self._evaluate(self.batches(name if show else "")))
         mean = [assignments / max(1, tokens) for assignments, tokens in counts.tolist()]
         row["top_p"] = top_p

@@ -53,7 +53,6 @@ def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int 
 
     What compares outputs (similarity, ranks) looks at the first *sample* tokens of these, the Jacobian at JACOBIANS.
     """
-    evaluator.model.set_eval_top_k(top_k)
     seen: List[List[Seen]] = [[] for _ in evaluator.layers]
     found = 0
 
@@ -62,7 +61,7 @@ def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int 
         # of the tokens themselves all are kept, of what is wide only the sample
         seen[layer].append(one if found < sample else one._replace(x=one.x[:0], state=None))
 
-    with observed(evaluator.layers, keep):
+    with evaluator.model.at_top_k(top_k), observed(evaluator.layers, keep):
         for batch in evaluator.batches(f"{evaluator.label}: routing"):
             evaluator.forward(batch)
             found = sum(len(one.token_ids) for one in seen[0])
