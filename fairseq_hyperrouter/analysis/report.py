@@ -19,9 +19,9 @@ NUMBERS = (
     ("normalised_entropy", "entropy / ln E", ""),
     ("inner_balance", "p1 / p2", "probability of the best expert over the second's, median"),
     ("outer_balance", "mass of the chosen", "probability of the chosen experts together"),
-    ("margin", "margin", "logit of the last chosen expert above the next"),
+    ("margin", "margin", "how much the logits of the chosen experts are above those of the others"),
     ("coefficient_of_variation", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),
-    ("max_violation", "max violation", "load of the fullest expert over the mean, less 1"),
+    ("max_violation", "max violation", "load of the fullest expert over the mean, less 1 (arXiv 2408.15664)"),
     ("unused_experts", "unused", "experts that no token has"),
     (
         "mean_output_similarity",
