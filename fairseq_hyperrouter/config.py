@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import FrozenSet, Optional, Tuple
+from typing import FrozenSet, Optional, Sequence, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
@@ -13,6 +13,8 @@ from .routing import ROUTERS, TopKSchedule
 from .routing.router import GATE_SOFTMAX
 
 NO_LAYERS = "none"
+TopK = Union[int, Sequence[int]]
+"""Experts per token in all MoE layers, or in each."""
 
 
 def parse_ints(option: str, value: str) -> Tuple[int, ...]:
@@ -30,10 +32,13 @@ def parse_top_k(option: str, value: object, num_experts: int) -> int:
     raise UserError(f"{option} {value}: must be an integer between 1 and the number of experts ({num_experts})")
 
 
-def parse_top_ks(option: str, value: object, num_experts: int, num_layers: int) -> Tuple[int, ...]:
-    """Experts per token in each of *num_layers* MoE layers: *value* is one number for all of them, or a list."""
-    numbers = tuple(parse_top_k(option, item, num_experts) for item in str(value).split(","))
+def top_k_per_layer(option: str, top_k: TopK, num_experts: int, num_layers: int) -> Tuple[int, ...]:
+    """Experts per token in each of *num_layers* MoE layers; a UserError names the *option* when they cannot be."""
+    numbers = (top_k,) if isinstance(top_k, int) else tuple(top_k)
+    for number in numbers:
+        parse_top_k(option, number, num_experts)
     if len(numbers) not in (1, num_layers):
+        value = ",".join(map(str, numbers))
         raise UserError(f"{option} {value}: must be one number, or one for each of the {num_layers} MoE layers")
     return numbers * num_layers if len(numbers) == 1 else numbers
 
@@ -241,10 +246,7 @@ class MoEConfig(FairseqDataclass):
         if _resolved(self.moe_top_k_schedule_updates, 0) < 0:
             raise UserError(f"--moe-top-k-schedule-updates {self.moe_top_k_schedule_updates}: must be at least 0")
         self._check_least("moe_adapter_dim", 0)
-        for name in ("moe_eval_threshold", "moe_eval_top_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{option_name(name)} {value}: must be between 0 and 1")
+        self.check_limit(self.moe_eval_threshold, self.moe_eval_top_p)
         for name in ("moe_router_init_std", "moe_router_lr_scale", "moe_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -271,6 +273,14 @@ class MoEConfig(FairseqDataclass):
         if not self.layer_numbers(num_layers) and self.moe_layers != NO_LAYERS:
             raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
 
+    def check_limit(self, threshold: Optional[float], top_p: Optional[float]) -> None:
+        """Raise a UserError when tokens cannot be left fewer experts by these at inference."""
+        for option, value in (("--moe-eval-threshold", threshold), ("--moe-eval-top-p", top_p)):
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{option} {value}: must be between 0 and 1")
+            if value is not None and ROUTERS[self.moe_router].own_choice:
+                raise UserError(f"{option} {value}: {self.moe_router} has no probabilities")
+
     def _check_router(self) -> None:
         for name in ("moe_router_loss_wt", "moe_loss_free_rate", "moe_similarity_wt"):
             value = getattr(self, name)
@@ -287,9 +297,6 @@ class MoEConfig(FairseqDataclass):
         for name in sorted({name for other in ROUTERS.values() for name in other.takes} - set(router.takes)):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
-        for name in ("moe_eval_threshold", "moe_eval_top_p"):
-            if router.own_choice and getattr(self, name) is not None:
-                raise UserError(f"{option_name(name)} {getattr(self, name)}: {self.moe_router} has no probabilities")
         if self.moe_similarity_wt and self.moe_top_k == 1 and self.moe_top_k_schedule == "constant":
             raise UserError(f"--moe-similarity-wt {self.moe_similarity_wt}: with --moe-top-k 1 experts share no token")
         only = router.trains_with
@@ -319,8 +326,10 @@ class MoEConfig(FairseqDataclass):
 
     def eval_top_k(self, num_layers: int) -> Tuple[int, ...]:
         """Experts per token at inference in each of *num_layers* MoE layers."""
+        option = "--moe-eval-top-k"
         value = self.moe_top_k if self.moe_eval_top_k is None else self.moe_eval_top_k
-        return parse_top_ks("--moe-eval-top-k", value, self.moe_expert_count, num_layers)
+        numbers = [parse_top_k(option, item, self.moe_expert_count) for item in str(value).split(",")]
+        return top_k_per_layer(option, numbers, self.moe_expert_count, num_layers)
 
     @property
     def init_seed(self) -> int:

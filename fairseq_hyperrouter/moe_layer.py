@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
         if ids_T is None and self.router.needs_token_ids:
             raise UserError(f"token_ids None: {type(self.router).__name__} needs them")
         top_k = self.top_k if top_k is None else self._checked(top_k)
-        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, partial(self._every_expert, x_TD), limit)
+        context = RoutingContext(top_k, mask_T, ids_T, router_state, update, partial(self.every_expert, x_TD), limit)
         routing = self.router(x_TD, context)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
@@ -140,7 +140,7 @@ class MoELayer(nn.Module):
         """(T, D) -> (T, D), what one expert makes of every token."""
         return self.experts(x, torch.full((len(x), 1), which, device=x.device), x.new_ones(len(x), 1))
 
-    def _every_expert(self, x: Tensor) -> Tensor:
+    def every_expert(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E, D), what every expert makes of every token."""
         E = self.router.num_experts
         experts = torch.arange(E, device=x.device).repeat(len(x))[:, None]

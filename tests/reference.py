@@ -125,3 +125,38 @@ def entropy(logits, chosen, padding=None):
     """Mean over tokens of - sum_i p_i ln p_i."""
     tokens = counted(logits, chosen, padding)
     return sum(-sum(p * p.log() for p in probability) for probability, _, _ in tokens) / len(tokens)
+
+
+def outer_balance(logits, chosen, padding=None):
+    """Mean over tokens of the probability of the chosen experts together."""
+    tokens = counted(logits, chosen, padding)
+    return sum(sum(probability[i] for i in c) for probability, _, c in tokens) / len(tokens)
+
+
+def margin(logits, chosen, padding=None):
+    """Mean over tokens of the least logit that was chosen less the largest that was not; 0 where there is none."""
+    tokens = counted(logits, chosen, padding)
+    total = 0.0
+    for _, z, c in tokens:
+        others = set(range(len(z))) - set(c)
+        total += min(z[i] for i in c) - max(z[i] for i in others) if c and others else 0.0
+    return total / len(tokens)
+
+
+def load_cv(logits, chosen, padding=None):
+    """Standard deviation over mean of the tokens per expert."""
+    tokens = counted(logits, chosen, padding)
+    load = [sum(list(c).count(i) for _, _, c in tokens) for i in range(logits.size(1))]
+    mean = sum(load) / len(load)
+    return math.sqrt(sum((n - mean) ** 2 for n in load) / len(load)) / mean
+
+
+def of_layers(function, routings, padding):
+    """*function*, one of those above, of each of a model's Routings."""
+    values = []
+    for routing in routings:
+        is_chosen = torch.ones_like(routing.expert_index) if routing.chosen is None else routing.chosen
+        rows = zip(routing.expert_index.tolist(), is_chosen.tolist())
+        chosen = [[expert for expert, has in zip(*row) if has] for row in rows]
+        values.append(float(function(routing.logits.detach().double(), chosen, padding)))
+    return values

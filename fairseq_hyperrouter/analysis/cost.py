@@ -15,7 +15,7 @@ class ModelCost(NamedTuple):
     """All of them: trained and frozen."""
     trained_parameters: int
     frozen_parameters: int
-    """Frozen routers and hypernetworks."""
+    """The weights of frozen routers and hypernetworks; no counters, nor a hash router's table of experts."""
     active_parameters: int
     """Those that a token's forward pass uses: k experts per MoE layer, what the router reads at inference in the
     place of what it is trained with, and all that is not MoE (the whole embedding table counts)."""
@@ -28,8 +28,9 @@ def model_cost(model: nn.Module, top_k: Union[float, Sequence[float]], context: 
     """Count for *top_k* experts per token, or as many in each MoE layer, and samples of *context* tokens."""
     layers: List[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # id: a hypernetwork shared by all layers counts once.
-    frozen = sum(b.numel() for b in {id(b): b for layer in layers for b in layer.router.buffers()}.values())
+    # A hypernetwork shared by all layers counts once. What is no floating point number counts or looks up: no weight.
+    frozen_weights = {b for layer in layers for b in layer.router.buffers() if b.is_floating_point()}
+    frozen = sum(b.numel() for b in frozen_weights)
     frozen += sum(p.numel() for p in model.parameters() if not p.requires_grad)
     active = sum(p.numel() for p in model.parameters())
     flops = 0.0

@@ -1,22 +1,26 @@
 """A checkpoint's model, ready to be evaluated again and again with other experts per token."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import eval_lm
+from torch import Tensor
 
+from fairseq_hyperrouter.config import TopK
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.routing import Routing, losses
 from fairseq_hyperrouter.token_length import characters_per_token
 
 from .cost import model_cost
+from .observation import observed
 
 Row = Dict[str, Any]
-TopK = Union[int, Sequence[int]]
 
 
 class Evaluator:
@@ -86,16 +90,20 @@ class Evaluator:
     def at(self, top_k: Optional[TopK] = None, top_p: Optional[float] = None, show: bool = True) -> Row:
         """Loss, speed and cost with *top_k* experts per token, or as many per MoE layer, and of these *top_p*.
 
+        Exactly so many: a threshold or top-p that the checkpoint was trained with does not hold.
         "mean_top_k" is how many experts a token had, averaged over tokens and layers. Without experts *top_k* is None.
         """
         name = f"{self.label} k={as_text(top_k)}" if self.has_experts else self.label
         row: Row = {"checkpoint": str(self.path), "label": self.label, "top_k": top_k, "split": self.split}
-        if self.has_experts:
-            self.model.set_eval_top_k(as_text(top_k))
-            self.model.decoder.moe_config.moe_eval_top_p = top_p
-        with _ExpertsPerToken(self.layers) as counted:
+        at_top_k = self.model.at_top_k(top_k, top_p=top_p) if self.has_experts else nullcontext()
+        counts = torch.zeros(len(self.layers), 2, dtype=torch.double, device=self.device)
+
+        def count(layer: int, _: Tensor, __: Dict[str, Any], routing: Routing) -> None:
+            counts[layer] += torch.stack((losses.expert_load(routing).sum(), losses.num_tokens(routing)))
+
+        with at_top_k, observed(self.layers, count):
             row.update(context=self.context, **self._evaluate(self.batches(name if show else "")))
-        mean = counted.per_layer()
+        mean = [assignments / max(1, tokens) for assignments, tokens in counts.tolist()]
         row["top_p"] = top_p
         row["mean_top_k"] = sum(mean) / len(mean) if mean else None
         row.update(model_cost(self.model, mean, self.context)._asdict())
@@ -162,31 +170,3 @@ def labels(paths: Sequence[Path]) -> List[str]:
 def as_text(top_k: Optional[TopK]) -> str:
     """8 -> "8", (1, 4) -> "1,4", as in ``--moe-eval-top-k``."""
     return ",".join(map(str, [top_k] if isinstance(top_k, (int, type(None))) else top_k))
-
-
-class _ExpertsPerToken:
-    """Counts, inside a ``with`` block, how many experts the tokens of each MoE layer have."""
-
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
-        self.layers = layers
-        self.sums: List[List[Any]] = [[0, 0] for _ in layers]
-
-    def __enter__(self) -> "_ExpertsPerToken":
-        self.hooks = [layer.register_forward_hook(self._hook(sums)) for layer, sums in zip(self.layers, self.sums)]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    @staticmethod
-    def _hook(sums: List[Any]) -> Any:
-        def hook(_: MoELayer, __: Any, output: Tuple[Any, Any]) -> None:
-            chosen = output[1].chosen_mask()
-            sums[0] += chosen.sum()
-            sums[1] += chosen.any(-1).sum()
-
-        return hook
-
-    def per_layer(self) -> List[float]:
-        return [float(assignments) / max(1, int(tokens)) for assignments, tokens in self.sums]

@@ -3,16 +3,19 @@
 Dimensions: T tokens, D model, E experts, K experts per token, V symbols, L MoE layers.
 """
 
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+import math
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from fairseq_hyperrouter.experts.similarity import cka
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import Routing, RoutingContext
+from fairseq_hyperrouter.routing import Routing, RoutingContext, losses, metrics
 
 from . import statistics
 from .evaluation import Evaluator
+from .observation import observed
 
 TOP_TOKENS = 12
 JACOBIANS = 64
@@ -24,12 +27,7 @@ class Seen(NamedTuple):
 
     x: Tensor
     """(T, D)"""
-    logits: Tensor
-    """(T, E)"""
-    chosen: Tensor
-    """(T, E) bool"""
-    expert_index: Tensor
-    """(T, K)"""
+    routing: Routing
     token_ids: Tensor
     """(T,)"""
     state: Optional[Tensor]
@@ -51,54 +49,77 @@ def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int 
 
     What compares outputs (similarity, ranks) looks at the first *sample* tokens of these, the Jacobian at JACOBIANS.
     """
-    evaluator.model.set_eval_top_k(top_k)
     seen: List[List[Seen]] = [[] for _ in evaluator.layers]
     found = 0
-    for batch in evaluator.batches(f"{evaluator.label}: routing"):
-        with _Recorder(evaluator.layers) as recorder:
+
+    def keep(layer: int, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> None:
+        one = _tokens(x, arguments, routing)
+        # of the tokens themselves all are kept, of what is wide only the sample
+        seen[layer].append(one if found < sample else one._replace(x=one.x[:0], state=None))
+
+    with evaluator.model.at_top_k(top_k), observed(evaluator.layers, keep):
+        for batch in evaluator.batches(f"{evaluator.label}: routing"):
             evaluator.forward(batch)
-        for layer, one in zip(seen, recorder.seen):
-            # of the tokens themselves all are kept, of what is wide only the sample
-            layer.append(one if found < sample else one._replace(x=one.x[:0], state=None))
-        found += len(seen[0][-1].token_ids)
-        if found >= tokens:
-            break
+            found = sum(len(one.token_ids) for one in seen[0])
+            if found >= tokens:
+                break
     dictionary = evaluator.task.target_dictionary
-    layers = [_layer(layer, _together(one), top_k, sample, dictionary) for layer, one in zip(evaluator.layers, seen)]
-    return Inspection(layers, [torch.cat([one.chosen for one in layer]) for layer in seen])
+    together = [_together(parts) for parts in seen]
+    layers = [_layer(layer, one, top_k, sample, dictionary) for layer, one in zip(evaluator.layers, together)]
+    return Inspection(layers, [one.routing.chosen_mask() for one in together])
+
+
+def _tokens(x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:
+    """Of one forward pass, padding left out."""
+    x = x.flatten(0, -2)
+    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if routing.token_mask is None else routing.token_mask
+    chosen, state = routing.chosen, arguments.get("router_state")
+    return Seen(
+        x[counts].float(),
+        Routing(
+            routing.logits[counts],
+            routing.expert_index[counts],
+            routing.gate[counts],
+            chosen=None if chosen is None else chosen[counts],
+        ),
+        arguments["token_ids"].reshape(-1)[counts],
+        None if state is None else state[counts],
+    )
 
 
 def _together(parts: Sequence[Seen]) -> Seen:
-    def joined(name: str) -> Optional[Tensor]:
-        values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+    def joined(values: Iterable[Optional[Tensor]]) -> Optional[Tensor]:
+        values = [value for value in values if value is not None]
         return torch.cat(values) if values else None
 
-    return Seen(*(joined(name) for name in Seen._fields))
+    x, routings, token_ids, states = zip(*parts)
+    return Seen(joined(x), Routing(*map(joined, zip(*routings))), joined(token_ids), joined(states))
 
 
 def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any) -> Dict[str, Any]:
-    logits, load = seen.logits, seen.chosen.sum(0)
-    E = logits.size(1)
+    routing = seen.routing
+    load, entropy = losses.expert_load(routing), metrics.entropy(routing).mean().item()
+    E = len(load)
     x = seen.x[:sample]
-    outputs = layer._every_expert(x)  # (T, E, D)
-    cka = statistics.pairwise(statistics.cka, outputs.transpose(0, 1))
+    outputs = layer.every_expert(x)  # (T, E, D)
+    similarity = statistics.pairwise(cka, outputs.transpose(0, 1).double())
     weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
     cosine = statistics.pairwise(statistics.cosine, weights)
     terms = list(_routing_terms(layer, seen, outputs, top_k))
     others = ~torch.eye(E, dtype=torch.bool)
     return {
-        "router_entropy": statistics.entropy(logits).mean().item(),
-        "normalised_entropy": statistics.normalised_entropy(logits).mean().item(),
-        "inner_balance": statistics.inner_balance(logits).median().item() if E > 1 else 1.0,
-        "outer_balance": statistics.outer_balance(logits, seen.expert_index).mean().item(),
-        "margin": statistics.margin(logits, top_k).mean().item() if top_k < E else None,
+        "router_entropy": entropy,
+        "normalised_entropy": entropy / math.log(max(2, E)),
+        "inner_balance": metrics.inner_balance(routing).median().item(),
+        "outer_balance": metrics.outer_balance(routing).mean().item(),
+        "margin": metrics.margin(routing).mean().item(),
         "load": (load / load.sum()).tolist(),
-        "coefficient_of_variation": statistics.coefficient_of_variation(load).item(),
-        "max_violation": statistics.max_violation(load).item(),
+        "coefficient_of_variation": metrics.load_cv(load).item(),
+        "max_violation": metrics.load_imbalance(load).item() - 1,
         "unused_experts": int((load == 0).sum()),
-        "mean_experts": seen.chosen.sum(1).double().mean().item(),
-        "output_similarity": cka.tolist(),
-        "mean_output_similarity": cka[others].mean().item() if E > 1 else None,
+        "mean_experts": (load.sum() / losses.num_tokens(routing)).item(),
+        "output_similarity": similarity.tolist(),
+        "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
         "weight_similarity": cosine.tolist(),
         "mean_weight_similarity": cosine[others].mean().item() if E > 1 else None,
         "hidden_rank": statistics.effective_rank(x - x.mean(0)).item(),
@@ -126,9 +147,10 @@ def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> 
 
 def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:
     """For every expert the symbols that it takes most of beyond its share: the largest count log(share / expected)."""
-    V, E = len(dictionary), seen.logits.size(1)
+    V, chosen = len(dictionary), seen.routing.chosen_mask()
+    E = chosen.size(1)
     counts = torch.zeros(V, E, dtype=torch.double, device=seen.token_ids.device)
-    counts.index_add_(0, seen.token_ids, seen.chosen.double())
+    counts.index_add_(0, seen.token_ids, chosen.double())
     occurrences = torch.bincount(seen.token_ids, minlength=V).double()
     expected = counts.sum(0) / counts.sum()  # of each expert
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -148,36 +170,3 @@ def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:
             ]
         )
     return found
-
-
-class _Recorder:
-    """Keeps, inside a ``with`` block, what every MoE layer saw."""
-
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
-        self.layers = layers
-        self.seen: List[Seen] = []
-
-    def __enter__(self) -> "_Recorder":
-        self.hooks = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in self.layers]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _hook(self, _: MoELayer, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
-        x: Tensor = args[0].flatten(0, -2)
-        routing: Routing = output[1]
-        mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        mask = mask if routing.token_mask is None else routing.token_mask
-        state = kwargs.get("router_state")
-        self.seen.append(
-            Seen(
-                x[mask].float(),
-                routing.logits[mask],
-                routing.chosen_mask()[mask],
-                routing.expert_index[mask],
-                kwargs["token_ids"].reshape(-1)[mask],
-                None if state is None else state[mask],
-            )
-        )

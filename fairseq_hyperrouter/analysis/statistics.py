@@ -1,66 +1,17 @@
-"""What is measured of a trained router and its experts: pure functions of tensors.
+"""What is measured of a trained model, beside the metrics of its Routings: pure functions of tensors.
 
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, V symbols.
 """
 
-import math
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """(T,) entropy of the softmax over all E experts, in nats: from 0, sure of one expert, to ln E."""
-    log_p = logits.double().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def normalised_entropy(logits: Tensor) -> Tensor:
-    """(T,) the entropy over ln E, from 0 to 1."""
-    return entropy(logits) / math.log(max(2, logits.size(-1)))
-
-
-def inner_balance(logits: Tensor) -> Tensor:
-    """(T,) p1 / p2, the probability of the best expert over that of the second (RMoE, arXiv 2408.06793)."""
-    two = logits.double().topk(2, dim=-1).values
-    return (two[..., 0] - two[..., 1]).exp()
-
-
-def outer_balance(logits: Tensor, expert_index: Tensor) -> Tensor:
-    """(T,) the probability of the chosen experts together, by the softmax over all (RMoE, arXiv 2408.06793)."""
-    return logits.double().softmax(-1).gather(-1, expert_index).sum(-1)
-
-
-def margin(logits: Tensor, top_k: int) -> Tensor:
-    """(T,) by how much the K-th largest logit is above the next: what it takes to change the experts of a token."""
-    largest = logits.double().topk(top_k + 1, dim=-1).values
-    return largest[..., -2] - largest[..., -1]
-
-
-def coefficient_of_variation(load: Tensor) -> Tensor:
-    """0-dim: standard deviation over mean of the (E,) tokens per expert; 0 when even."""
-    return load.double().std(unbiased=False) / load.double().mean()
-
-
-def max_violation(load: Tensor) -> Tensor:
-    """0-dim: the load of the fullest expert over the mean, less 1; 0 when even (arXiv 2408.15664)."""
-    return load.double().max() / load.double().mean() - 1
-
-
 def changed(one: Tensor, other: Tensor) -> Tensor:
     """0-dim: the share of tokens whose set of experts, (T, E) bool, is another in the second."""
     return (one != other).any(-1).double().mean()
-
-
-def cka(one: Tensor, other: Tensor) -> Tensor:
-    """0-dim: linear centred kernel alignment of two (T, D) outputs (arXiv 1905.00414).
-
-    1 when one is the other turned, mirrored, scaled or shifted; 0 when they have nothing linear in common.
-    """
-    one, other = (y.double() - y.double().mean(0) for y in (one, other))
-    together = (one.t() @ other).square().sum()
-    return together / ((one.t() @ one).norm() * (other.t() @ other).norm()).clamp(min=1e-300)
 
 
 def pairwise(measure: Callable[[Tensor, Tensor], Tensor], items: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ HELP = "evaluate checkpoints at several numbers of experts per token"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="+", **CHECKPOINT)
     parser.add_argument("data", **DATA)
-    parser.add_argument("--top-k", default=TOP_KS, help="experts per token, separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--top-k",
+        default=TOP_KS,
+        help="experts per token, separated by commas, whatever threshold or top-p a checkpoint was trained with "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--top-p", default="", help="beside: the fewest experts whose probabilities add up to this, as in 0.5,0.9"
     )

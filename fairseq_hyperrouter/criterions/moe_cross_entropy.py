@@ -11,15 +11,23 @@ from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
 
-from .routing_losses import RoutingLossConfig, auxiliary_loss, log_routing, routing_sums
+from .auxiliary_loss import AuxiliaryLossConfig, auxiliary_loss
+from .routing_metrics import log_routing, routing_sums
 
 ELASTIC_DISTILL_WEIGHT = 0.5
 
 
 @dataclass
-class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
-    """Stock cross_entropy's option, the weights of the auxiliary losses, and distillation."""
+class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
+    """Stock cross_entropy's option, the weights of the auxiliary losses, what is logged, and distillation."""
 
+    moe_log_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "log the routing of every MoE layer beside the means, as moe_router_entropy_layer0, for "
+            "--tensorboard-logdir, --wandb-project and --log-format json"
+        },
+    )
     moe_distill_wt: Optional[float] = field(
         default=None,
         metadata={

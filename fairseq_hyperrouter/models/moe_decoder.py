@@ -13,7 +13,7 @@ from fairseq.models.transformer.transformer_decoder import TransformerDecoderBas
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.config import MoEConfig, parse_top_k, parse_top_ks
+from fairseq_hyperrouter.config import MoEConfig, TopK, parse_top_k, top_k_per_layer
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
@@ -28,8 +28,9 @@ class MoEDecoder(TransformerDecoderBase):
     """The stock decoder with MoE layers, which says how many experts are active and returns the Routings.
 
     In training k follows the schedule of *moe* at the number of updates that the trainer announces; in
-    evaluation it is ``eval_top_k``. ``extra["routing"]`` holds one Routing per MoE layer, in the order of the
-    layers; None for a layer that LayerDrop left out. With *parallel* the experts are divided over workers.
+    evaluation it is ``eval_top_k``, and ``eval_limit`` may leave a token fewer. ``extra["routing"]`` holds one
+    Routing per MoE layer, in the order of the layers; None for a layer that LayerDrop left out. With
+    *parallel* the experts are divided over workers.
 
     Raises:
         UserError (a ValueError): an option that does not fit, by name, value and what is allowed.
@@ -64,6 +65,7 @@ class MoEDecoder(TransformerDecoderBase):
         del self._built
         self.schedule = moe.schedule
         self.eval_top_k = moe.eval_top_k(len(self.moe_numbers))
+        self.eval_limit = Limit(moe.moe_eval_threshold, moe.moe_eval_top_p)
         self.num_updates = 0
         self._at_largest = False
         at_inference = f"{self._eval_text()} of {moe.moe_expert_count}"
@@ -97,23 +99,26 @@ class MoEDecoder(TransformerDecoderBase):
         for value in values:
             parse_top_k(option, value, self.moe_config.moe_expert_count)
 
-    def set_eval_top_k(self, top_k: Any) -> None:
-        """Use *top_k* experts per token in evaluation from now on, for each MoE layer one in a list as in "1,1,4,8".
+    @contextmanager
+    def at_top_k(
+        self, top_k: TopK, *, threshold: Optional[float] = None, top_p: Optional[float] = None
+    ) -> Iterator[None]:
+        """Evaluate with *top_k* experts per token, or as many in each MoE layer, inside the ``with`` block.
+
+        The model's own threshold and top-p do not hold inside; those given here do.
 
         Raises:
-            UserError (a ValueError): there are not so many experts, or layers.
+            UserError (a ValueError): there are not so many experts, or layers; a share that is none.
         """
-        self.eval_top_k = parse_top_ks("moe_eval_top_k", top_k, self.moe_config.moe_expert_count, len(self.moe_numbers))
-
-    @contextmanager
-    def at_top_k(self, top_k: Any) -> Iterator[None]:
-        """Evaluate with *top_k* experts per token inside the ``with`` block."""
-        before = self.eval_top_k
-        self.set_eval_top_k(top_k)
+        experts, layers = self.moe_config.moe_expert_count, len(self.moe_numbers)
+        inside = top_k_per_layer("moe_eval_top_k", top_k, experts, layers), Limit(threshold, top_p)
+        self.moe_config.check_limit(threshold, top_p)
+        before = self.eval_top_k, self.eval_limit
+        self.eval_top_k, self.eval_limit = inside
         try:
             yield
         finally:
-            self.eval_top_k = before
+            self.eval_top_k, self.eval_limit = before
 
     @contextmanager
     def at_largest_top_k(self) -> Iterator[None]:
@@ -199,7 +204,7 @@ class MoEDecoder(TransformerDecoderBase):
     def _limit(self, tokens: Tensor) -> Optional[Limit]:
         """Which of their K experts tokens go without now, drawn anew for every layer."""
         if not self.training:
-            limit = Limit(threshold=self.moe_config.moe_eval_threshold, top_p=self.moe_config.moe_eval_top_p)
+            limit = self.eval_limit
         elif self._at_largest:
             return None
         else:

@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerConfig
@@ -24,7 +24,7 @@ from fairseq_hyperrouter.checks.distributed_options import check_evaluation_work
 from fairseq_hyperrouter.checks.stock_options import check_model_options, check_routing_parts, check_training
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
-from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, parse_ints
+from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
@@ -120,13 +120,11 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         check_override_names("--model-overrides", ast.literal_eval(cfg.common_eval.model_overrides))
         super().prepare_for_inference_(cfg)
 
-    def set_eval_top_k(self, top_k: Any) -> None:
-        """Use *top_k* experts per token in evaluation from now on; a UserError when there are not so many."""
-        self.decoder.set_eval_top_k(top_k)
-
-    def at_top_k(self, top_k: Any) -> "AbstractContextManager[None]":
-        """Evaluate with *top_k* experts per token inside the ``with`` block."""
-        return self.decoder.at_top_k(top_k)
+    def at_top_k(
+        self, top_k: TopK, *, threshold: Optional[float] = None, top_p: Optional[float] = None
+    ) -> "AbstractContextManager[None]":
+        """Evaluate with exactly *top_k* experts per token inside the ``with`` block: see ``MoEDecoder.at_top_k``."""
+        return self.decoder.at_top_k(top_k, threshold=threshold, top_p=top_p)
 
 
 def _is_training(task: Any) -> bool:

@@ -6,7 +6,8 @@ routing.py    Routing, what a router returns
 limit.py      fewer experts for a token than K
 capacity.py   fewer tokens for an expert than chose it
 schedule.py   K as a function of the update
-losses.py     balance losses and metrics of a Routing
+losses.py     balance losses of a Routing
+metrics.py    what a Routing says of its router: entropy, margin, load
 """
 
 from .capacity import limit_capacity

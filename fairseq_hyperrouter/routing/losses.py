@@ -1,16 +1,16 @@
-"""What a Routing says of itself: auxiliary losses and the sums that metrics are made of.
+"""Auxiliary losses of a Routing, and the sums that they and metrics are made of.
 
 Dimensions: T tokens, E experts, K experts per token. Padding counts nowhere.
 All are pure functions of a Routing. Those that return a sum are added up over layers, micro-batches and
 workers first and divided afterwards, so that what is reported is exact for the whole batch.
 """
 
-import math
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from .metrics import entropy
 from .routing import Routing
 
 
@@ -21,7 +21,7 @@ def num_tokens(routing: Routing) -> Tensor:
     return routing.token_mask.sum(dtype=torch.float32)
 
 
-def _sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
+def sum_over_tokens(routing: Routing, per_token: Tensor) -> Tensor:
     """Sum (T, ...) over the tokens that count."""
     if routing.token_mask is not None:
         mask = routing.token_mask.view(-1, *(1,) * (per_token.dim() - 1))
@@ -36,7 +36,7 @@ def expert_load(routing: Routing) -> Tensor:
 
 def probability_sum(routing: Routing) -> Tensor:
     """(E,) sum over tokens of softmax(z)."""
-    return _sum_over_tokens(routing, routing.logits.softmax(dim=-1))
+    return sum_over_tokens(routing, routing.logits.softmax(dim=-1))
 
 
 def balance(load: Tensor, probability: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def balance_loss(routing: Routing, load: Optional[Tensor] = None) -> Tensor:
 
 def z_sum(routing: Routing) -> Tensor:
     """Sum over tokens of logsumexp(z)^2."""
-    return _sum_over_tokens(routing, routing.logits.logsumexp(dim=-1).square())
+    return sum_over_tokens(routing, routing.logits.logsumexp(dim=-1).square())
 
 
 def z_loss(routing: Routing) -> Tensor:
@@ -84,31 +84,4 @@ def mutual_information_loss(routing: Routing, share: Optional[Tensor] = None) ->
     mean = probability_sum(routing) / tokens
     mean = mean if share is None else mean + (share - mean).detach()
     log = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # whose gradient at 0 is not NaN
-    return (mean * log).sum() + entropy_sum(routing) / tokens
-
-
-def entropy_sum(routing: Routing) -> Tensor:
-    """Sum over tokens of the entropy of softmax(z) over all E experts, in nats."""
-    log_p = routing.logits.log_softmax(dim=-1)
-    return _sum_over_tokens(routing, -(log_p.exp() * log_p).sum(dim=-1))
-
-
-def outer_balance_sum(routing: Routing) -> Tensor:
-    """Sum over tokens of the probability of their chosen experts together (RMoE, arXiv 2408.06793)."""
-    return _sum_over_tokens(routing, (routing.logits.softmax(dim=-1) * routing.chosen_mask()).sum(dim=-1))
-
-
-def margin_sum(routing: Routing) -> Tensor:
-    """Sum over tokens of the least logit that was chosen less the largest that was not; 0 where there is no other."""
-    chosen = routing.chosen_mask()
-    least = routing.logits.masked_fill(~chosen, math.inf).amin(dim=-1)
-    largest = routing.logits.masked_fill(chosen, -math.inf).amax(dim=-1)
-    return _sum_over_tokens(routing, (least - largest).masked_fill(chosen.all(dim=-1) | ~chosen.any(dim=-1), 0.0))
-
-
-def dropped_sum(routing: Routing) -> Tensor:
-    """How many assignments of tokens that count were not carried out."""
-    if routing.kept is None:
-        return torch.zeros((), device=routing.logits.device)
-    dropped = ~routing.kept if routing.chosen is None else routing.chosen & ~routing.kept
-    return _sum_over_tokens(routing, dropped.sum(dim=-1, dtype=torch.float32))
+    return (mean * log).sum() + sum_over_tokens(routing, entropy(routing)) / tokens

@@ -33,8 +33,9 @@ class HyperRouterTaskConfig(LanguageModelingConfig):
     valid_top_k: Optional[str] = field(
         default=None,
         metadata={
-            "help": "validate with each of these numbers of experts per token, as in 1,2,8, beside --moe-eval-top-k; "
-            "the metrics loss_k1, ppl_k1, bpc_k1, ... can be named by --best-checkpoint-metric"
+            "help": "validate with each of these numbers of experts per token, as in 1,2,8, without threshold or "
+            "top-p, beside --moe-eval-top-k; the metrics loss_k1, ppl_k1, bpc_k1, ... can be named by "
+            "--best-checkpoint-metric"
         },
     )
     token_unit: str = field(

@@ -3,7 +3,7 @@
 import pytest
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from fairseq_hyperrouter.analysis import model_cost
+from fairseq_hyperrouter.analysis.cost import model_cost
 from tests.tiny import ADAPTIVE, tiny_model
 
 EMBEDDINGS = 2 * 16 * 8  # input and output
@@ -33,6 +33,28 @@ def test_parameters(router, options, trained, frozen, top_k):
         frozen,
     )
     assert cost.active_parameters == EMBEDDINGS + 2 * (ATTENTION_AND_NORMS + ROUTER + top_k * EXPERT)
+
+
+STABLE = 50 * (16 + 4)  # the frozen words and experts
+
+
+@pytest.mark.parametrize(
+    "router, options, frozen",
+    [
+        ("smoe", {"moe_loss_free_rate": 0.001}, 0),
+        ("relu", {}, 0),
+        ("hash", {}, 0),
+        ("stable", {}, 2 * STABLE),
+        ("smoe-dropout", {"moe_loss_free_rate": 0.001}, 2 * ROUTER),
+    ],
+)
+def test_counters_and_tables_are_no_parameters(router, options, frozen):
+    """Steps of loss-free balancing and of relu's penalty, hash's table, whether stable is in its second stage."""
+    model = tiny_model(moe_router=router, **options)
+    assert any(not buffer.is_floating_point() for buffer in model.decoder.layers[0].moe.router.buffers())
+    cost = model_cost(model, 1, context=10)
+    assert cost.frozen_parameters == frozen
+    assert cost.total_parameters == cost.trained_parameters + frozen
 
 
 @pytest.mark.parametrize("router, top_k, context", [("hyperrouter", 1, 10), ("smoe", 3, 10), ("smoe-dropout", 3, 1)])

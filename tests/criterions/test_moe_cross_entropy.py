@@ -1,34 +1,21 @@
+from statistics import fmean
+
 import pytest
 import torch
-import torch.distributed as dist
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.logging import metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
-from fairseq_hyperrouter.analysis import statistics
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig, _log_probabilities
-from fairseq_hyperrouter.criterions.routing_losses import RoutingLossConfig, auxiliary_loss, routing_sums
-from fairseq_hyperrouter.routing import Routing, losses
+from fairseq_hyperrouter.criterions.routing_metrics import routing_sums
 from tests import reference
 from tests.tiny import ADAPTIVE, tiny_model, tiny_sample, tiny_task
-from tests.workers import on_workers
 
 
 def make_criterion(sentence_avg=False, **options):
     config = MoECrossEntropyConfig(sentence_avg=sentence_avg, **options)
     return MoECrossEntropyCriterion.build_criterion(config, tiny_task())
-
-
-def means(model, sample):
-    """Reference balance loss, z-loss and entropy, averaged over the layers."""
-    routings = model(**sample["net_input"])[1]["routing"]
-    padding = sample["target"].t().reshape(-1) == 1  # Routings are time-major
-    functions = (reference.balance_loss, reference.z_loss, reference.entropy)
-    return [
-        sum(f(r.logits.double(), r.expert_index.tolist(), padding).item() for r in routings) / len(routings)
-        for f in functions
-    ]
 
 
 @pytest.mark.parametrize("balance_weight, z_weight", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])
@@ -43,7 +30,8 @@ def test_auxiliary_losses_are_trained_but_not_logged(balance_weight, z_weight, s
     target = sample["target"]
     cross_entropy = -log_probability.gather(2, target[:, :, None])[target != 1].sum()
     torch.testing.assert_close(logged["loss"], cross_entropy)
-    balance, z, _ = means(model, sample)
+    routings, padding = model(**sample["net_input"])[1]["routing"], target.t().reshape(-1) == 1  # time-major
+    balance, z = (fmean(reference.of_layers(f, routings, padding)) for f in (reference.balance_loss, reference.z_loss))
     auxiliary = sample_size * (balance_weight * balance + z_weight * z)
     assert (loss - logged["loss"]).item() == pytest.approx(auxiliary, rel=1e-4, abs=1e-4)
 
@@ -74,76 +62,16 @@ def test_two_halves_of_a_batch_log_what_the_whole_logs():
     assert sum(name.startswith("moe_") for name in metric) == 6
 
 
-def test_metrics():
-    model, criterion, sample = tiny_model(moe_top_k=2).eval(), make_criterion().eval(), tiny_sample()
-    metric = reduced([criterion(model, sample)[2]])
-    balance, _, entropy = means(model, sample)
-    assert metric["moe_top_k"] == 2
-    assert metric["moe_balance_loss"] == pytest.approx(balance, abs=1e-3)
-    assert metric["moe_router_entropy"] == pytest.approx(entropy, abs=1e-3)
-    assert metric["moe_dropped"] == 0
-
-    padding = sample["target"].t().reshape(-1) == 1
-    loads = [
-        r.expert_index[~padding].flatten().bincount(minlength=4) for r in model(**sample["net_input"])[1]["routing"]
-    ]
-    assert metric["moe_load_imbalance"] == pytest.approx(sum(n.max() * 4 / 28 for n in loads).item() / 2, abs=0.01)
-    assert metric["moe_unused_experts"] == sum((n == 0).sum() for n in loads).item() / 2
-
-
-def test_metrics_per_layer():
-    """The means of the six are what is logged without, and the values are those that the report measures."""
-    model, sample = tiny_model(moe_top_k=2).eval(), tiny_sample()
-    metric = reduced([make_criterion(moe_log_layers=True).eval()(model, sample)[2]])
-    mean = reduced([make_criterion().eval()(model, sample)[2]])
+def test_what_is_logged_of_routings():
+    """routing_sums of what the model returned, with what is of single layers when asked for."""
+    model, sample = tiny_model().eval(), tiny_sample()
     routings = model(**sample["net_input"])[1]["routing"]
-    for name in (name for name in mean if name.startswith("moe_")):
-        of_layers = [metric[f"{name}_layer{layer}"] for layer in range(len(routings))]
-        assert metric[name] == mean[name] == pytest.approx(sum(of_layers) / len(routings), abs=0.01)
-    padding = sample["target"].t().reshape(-1) == 1
-    for layer, routing in enumerate(routings):
-        logits, index = routing.logits[~padding], routing.expert_index[~padding]
-        expected = {
-            "load_cv": statistics.coefficient_of_variation(index.flatten().bincount(minlength=4)),
-            "outer_balance": statistics.outer_balance(logits, index).mean(),
-            "margin": statistics.margin(logits, 2).mean(),
-        }
+    for per_layer in (False, True):
+        logged = make_criterion(moe_log_layers=per_layer).eval()(model, sample)[2]
+        expected = routing_sums(routings, 4, torch.device("cpu"), per_layer)
+        assert {name for name in logged if "moe_" in name} == set(expected)
         for name, value in expected.items():
-            assert metric[f"moe_{name}_layer{layer}"] == pytest.approx(value.item(), abs=1e-3)
-
-
-def test_dropped_share():
-    model, sample = tiny_model(moe_capacity_factor=0.5, moe_top_k=4), tiny_sample()
-    metric = reduced([make_criterion()(model, sample)[2]])
-    assert metric["moe_dropped"] == 0.5  # every expert is chosen 14 times and takes 7
-
-
-def test_layers_left_out_count_nowhere():
-    model, criterion, sample = tiny_model(decoder_layers=3, moe_layers="0,2"), make_criterion(), tiny_sample()
-    output = criterion(model, sample)[2]
-    extra = model(**sample["net_input"])
-    extra[1]["routing"][0] = None
-    partial = criterion(_Fixed(model, extra), sample)[2]
-    for name in (n for n in output if n.startswith("moe_")):
-        assert not partial[name][0].any()
-        torch.testing.assert_close(partial[name][1], output[name][1])
-    assert (partial["n_moe_layers"], output["n_moe_layers"]) == (1, 2)
-    only_second = {n: v[1:] if n.startswith("moe_") else v for n, v in output.items()}
-    assert reduced([partial]) == pytest.approx(reduced([only_second]))
-    of_layers = reduced([make_criterion(moe_log_layers=True)(_Fixed(model, extra), sample)[2]])
-    assert "moe_top_k_layer1" in of_layers and "moe_top_k_layer0" not in of_layers
-
-
-class _Fixed(torch.nn.Module):
-    """A model that has already given its output."""
-
-    def __init__(self, model, output):
-        super().__init__()
-        self.decoder, self.output = model.decoder, output
-        self.get_targets, self.get_normalized_probs = model.get_targets, model.get_normalized_probs
-
-    def forward(self, **_):
-        return self.output
+            torch.testing.assert_close(logged[name], value)
 
 
 def test_dense_models_log_no_routing():
@@ -179,39 +107,6 @@ def test_adaptive_softmax_loss_is_the_negative_log_probability_of_the_targets():
 def test_errors(name, value):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: must be at least 0"):
         make_criterion(**{name: value})
-
-
-def balance_on_a_worker(task):
-    """The auxiliary loss of this worker's part of the tokens, and its gradient."""
-    cfg = RoutingLossConfig(**{task["weight"]: 1.0}, moe_balance_batch=task["batch"])
-    logits = task["logits"][dist.get_rank()].requires_grad_()
-    routing = routing_of(logits)
-    loss = auxiliary_loss([routing, None], routing_sums([routing, None], 4, torch.device("cpu")), cfg)
-    loss.backward()
-    return loss.detach(), logits.grad
-
-
-def routing_of(logits):
-    index = logits.detach().topk(2).indices
-    return Routing(logits, index, torch.ones(index.shape))
-
-
-@pytest.mark.parametrize("weight", ["moe_gate_loss_wt", "moe_mi_loss_wt"])
-@pytest.mark.parametrize("batch", ["local", "global"])
-def test_balance_over_the_batch_of_all_workers(preloaded, tmp_path, batch, weight):
-    """Weighted by tokens, the global losses add up to that of all tokens together, and so do their gradients."""
-    torch.manual_seed(0)
-    parts = [torch.randn(5, 4) + torch.arange(4), torch.randn(8, 4)]
-    found = on_workers(
-        preloaded, balance_on_a_worker, 2, tmp_path / "job", {"batch": batch, "weight": weight, "logits": parts}
-    )
-    whole = torch.cat(parts).requires_grad_()
-    loss_of = losses.balance_loss if weight == "moe_gate_loss_wt" else losses.mutual_information_loss
-    expected = loss_of(routing_of(whole))
-    expected.backward()
-    total = sum(len(part) / 13 * loss for part, (loss, _) in zip(parts, found))
-    gradient = torch.cat([len(part) / 13 * gradient for part, (_, gradient) in zip(parts, found)])
-    assert torch.allclose(total, expected) == torch.allclose(gradient, whole.grad) == (batch == "global")
 
 
 @pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["plain", "adaptive"])

@@ -40,9 +40,9 @@ def test_numbers(reported, data, trained):
     path = str(trained("smoe")[0] / "checkpoint_last.pt")
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path], {"task": {"data": str(data)}})
     task.load_dataset("test")
-    model.eval().set_eval_top_k(TOP_K)
+    model.eval()
     logits, chosen, tokens = [], [], []
-    with torch.no_grad():
+    with model.at_top_k(TOP_K), torch.no_grad():
         for batch in task.eval_lm_dataloader(task.dataset("test"), batch_size=8, num_workers=0):
             routing = model(**batch["net_input"])[1]["routing"][0]
             real = batch["net_input"]["src_tokens"].t().reshape(-1) != 1

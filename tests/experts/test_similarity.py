@@ -21,6 +21,22 @@ def test_cka():
     torch.testing.assert_close(cka(many, related), usual, rtol=0, atol=0.01)
 
 
+def test_cka_by_hand():
+    """Four tokens, of which the U-centred Gram matrix has -1/3 where a pair is split and 1/6 elsewhere."""
+    a, b, c = (torch.tensor(values).double()[:, None] for values in ([1, -1, 0, 0], [0, 0, 1, -1], [1, 0, -1, 0]))
+    assert cka(a, b).item() == pytest.approx(1)  # both split 0 and 1, 2 and 3
+    assert cka(a, c).item() == pytest.approx(-1 / 2)
+    assert cka(a, c) == cka(c, a)
+
+
+def test_cka_of_as_many_tokens_as_dimensions():
+    """The report's sample: the usual estimate is 0.5 for unrelated outputs."""
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    assert abs(cka(a, b).item()) < 0.05
+    rotation = torch.linalg.qr(torch.randn(256, 256)).Q
+    assert cka(a, 0.1 * a @ rotation - 2).item() == pytest.approx(1.0, abs=1e-5)
+
+
 def hsic(k, ell):
     """The unbiased estimator as Song et al. (2012) write it."""
     n = len(k)

@@ -186,17 +186,46 @@ def test_at_top_k_restores():
     model = tiny_model(moe_eval_top_k="2").eval()
     with model.at_top_k(4):
         assert chosen_k(model) == [4, 4]
-        with model.at_top_k("1"):
-            assert chosen_k(model) == [1, 1]
+        with model.at_top_k((1, 3)):
+            assert chosen_k(model) == [1, 3]
         assert chosen_k(model) == [4, 4]
     assert chosen_k(model) == [2, 2]
     with pytest.raises(KeyError), model.at_top_k(3):
         raise KeyError
-    with pytest.raises(UserError, match="moe_eval_top_k 5: must be"), model.at_top_k(5):
-        pass
+    for options, message in (
+        ({"top_k": 5}, "moe_eval_top_k 5: must be"),
+        ({"top_k": (1, 2, 3)}, "moe_eval_top_k 1,2,3: must be one number, or one for each of the 2 MoE layers"),
+        ({"top_k": 1, "top_p": 1.5}, "--moe-eval-top-p 1.5: must be between 0 and 1"),
+    ):
+        with pytest.raises(UserError, match=message), model.at_top_k(**options):
+            pass
     assert chosen_k(model) == [2, 2]
-    model.set_eval_top_k(3)
-    assert chosen_k(model) == [3, 3]
+
+
+def mean_k(model):
+    routings = model(tokens((9, 9)))[1]["routing"]
+    return [routing.chosen_mask().sum(1).double().mean().item() for routing in routings]
+
+
+@pytest.mark.parametrize("own", [{"moe_eval_threshold": 1.0}, {"moe_eval_top_p": 0.0}])
+def test_at_top_k_means_exactly_that_k(own):
+    """The model's own limit, here to the best expert, holds outside; inside only one that is given."""
+    model = tiny_model(**own).eval()
+    assert mean_k(model) == [1, 1]
+    with model.at_top_k(3):
+        assert mean_k(model) == [3, 3]
+        with model.at_top_k((2, 4), threshold=1.0):
+            assert mean_k(model) == [1, 1]
+        with model.at_top_k(4, top_p=0.5):
+            assert all(1 < k < 4 for k in mean_k(model))
+        assert mean_k(model) == [3, 3]
+    assert mean_k(model) == [1, 1]
+
+
+def test_no_limit_without_probabilities():
+    model = tiny_model(moe_router="relu").eval()
+    with pytest.raises(UserError, match=r"moe-eval-top-p 0\.5: relu has no prob"), model.at_top_k(4, top_p=0.5):
+        pass
 
 
 def test_schedule_moves_k_in_training_only():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import Routing
-from fairseq_hyperrouter.routing import losses
+from fairseq_hyperrouter.routing import losses, metrics
 from tests import reference
 
 
@@ -15,11 +15,26 @@ def random_routing(num_tokens=7, num_experts=5, top_k=2, padding=None):
     return Routing(logits, index, gate.softmax(-1), mask, None if mask is None else mask[:, None].expand_as(index))
 
 
+def total(metric):
+    return lambda routing: losses.sum_over_tokens(routing, metric(routing))
+
+
+SUMS = {
+    "num_tokens": losses.num_tokens,
+    "expert_load": losses.expert_load,
+    "probability_sum": losses.probability_sum,
+    "z_sum": losses.z_sum,
+    "entropy": total(metrics.entropy),
+    "outer balance": total(metrics.outer_balance),
+    "margin": total(metrics.margin),
+    "dropped": total(metrics.dropped),
+}
+ALL = {**SUMS, "balance_loss": losses.balance_loss, "z_loss": losses.z_loss}
 PADDING = torch.tensor([False, True, False, False, True, True, False])
 MEANS = {
     losses.balance_loss: reference.balance_loss,
     losses.z_loss: reference.z_loss,
-    lambda routing: losses.entropy_sum(routing) / losses.num_tokens(routing): reference.entropy,
+    lambda routing: SUMS["entropy"](routing) / losses.num_tokens(routing): reference.entropy,
 }
 
 
@@ -59,24 +74,7 @@ def test_expert_load_counts_choices():
     assert losses.expert_load(masked).tolist() == [1, 2, 0, 1]
 
 
-def test_entropy_of_an_undecided_router():
-    routing = Routing(torch.zeros(3, 8), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
-    assert losses.entropy_sum(routing).item() == pytest.approx(3 * math.log(8))
-
-
-ALL = [
-    losses.num_tokens,
-    losses.expert_load,
-    losses.probability_sum,
-    losses.balance_loss,
-    losses.z_sum,
-    losses.z_loss,
-    losses.entropy_sum,
-    losses.dropped_sum,
-]
-
-
-@pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 def test_padding_counts_nowhere(loss):
     """Whatever stands in padded rows, NaN too, values and gradients are those of the rows that count."""
     routing = random_routing(padding=PADDING)
@@ -92,17 +90,17 @@ def test_padding_counts_nowhere(loss):
         torch.testing.assert_close(gradient[~PADDING], torch.autograd.grad(expected.sum(), counts.logits)[0])
 
 
-@pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("padding", [None, torch.ones(3, dtype=torch.bool)], ids=["no rows", "only padding"])
 def test_no_tokens(loss, padding):
     routing = random_routing(0 if padding is None else 3, padding=padding)
     assert not loss(routing).any()
 
 
-def test_dropped_sum_counts_tokens_that_count():
+def test_dropped_counts_tokens_that_count():
     routing = random_routing(3, padding=torch.tensor([False, False, True]))
     kept = torch.tensor([[True, False], [False, False], [False, False]])
-    assert losses.dropped_sum(routing._replace(kept=kept)).item() == 3
+    assert SUMS["dropped"](routing._replace(kept=kept)).item() == 3
 
 
 def test_sums_of_two_halves_are_those_of_the_whole():
@@ -111,9 +109,8 @@ def test_sums_of_two_halves_are_those_of_the_whole():
         Routing(*(field if field is None else field[rows] for field in routing))
         for rows in (slice(0, 3), slice(3, None))
     ]
-    for name in ("num_tokens", "expert_load", "probability_sum", "z_sum", "entropy_sum", "dropped_sum"):
-        total = getattr(losses, name)
-        torch.testing.assert_close(sum(total(half) for half in halves), total(routing))
+    for of in SUMS.values():
+        torch.testing.assert_close(sum(of(half) for half in halves), of(routing))
 
 
 def test_mutual_information_loss():
@@ -133,17 +130,3 @@ def test_mutual_information_loss_where_a_probability_underflows():
     routing = Routing(logits, torch.zeros(2, 1).long(), torch.ones(2, 1))
     losses.mutual_information_loss(routing).backward()
     assert logits.grad.isfinite().all()
-
-
-def test_margin_and_outer_balance_of_a_small_case():
-    """ln 8, ln 4, ln 3, ln 1: the chosen two have 12/16 of the probability and are ln 4/3 above the next."""
-    logits = torch.tensor([[8.0, 4.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]]).log()
-    routing = Routing(logits, torch.tensor([[0, 1], [2, 0]]), torch.ones(2, 2))
-    assert losses.outer_balance_sum(routing).item() == pytest.approx(12 / 16 + 1 / 2)
-    assert losses.margin_sum(routing).item() == pytest.approx(math.log(4 / 3))
-    without = routing._replace(token_mask=torch.tensor([False, True]))
-    assert (losses.outer_balance_sum(without).item(), losses.margin_sum(without).item()) == (0.5, 0)
-    everything = Routing(logits, torch.arange(4).expand(2, -1), torch.ones(2, 4))
-    assert losses.margin_sum(everything).item() == 0
-    one_each = routing._replace(chosen=torch.tensor([[True, False], [True, False]]))
-    assert losses.margin_sum(one_each).item() == pytest.approx(math.log(8 / 4))

@@ -1,0 +1,85 @@
+"""What the report looks at, in models that were not trained."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.logging import metrics
+
+from fairseq_hyperrouter.analysis.inspection import inspect
+from fairseq_hyperrouter.criterions.routing_metrics import log_routing, routing_sums
+from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
+
+LOGGED = {
+    "router_entropy": "moe_router_entropy",
+    "outer_balance": "moe_outer_balance",
+    "margin": "moe_margin",
+    "coefficient_of_variation": "moe_load_cv",
+    "unused_experts": "moe_unused_experts",
+    "mean_experts": "moe_top_k",
+}
+
+
+def evaluator(model, samples):
+    def forward(sample):
+        return model(**sample["net_input"])
+
+    task = SimpleNamespace(target_dictionary=tiny_dictionary())
+    layers = [layer.moe for layer in model.decoder.layers]
+    return SimpleNamespace(
+        model=model, layers=layers, task=task, label="tiny", batches=lambda prefix: samples, forward=forward
+    )
+
+
+def logged(model, samples, top_k):
+    """The validation's metrics with *top_k* experts per token."""
+    with model.at_top_k(top_k), torch.no_grad():
+        routings = [model(**sample["net_input"])[1]["routing"] for sample in samples]
+    with metrics.aggregate(new_root=True) as aggregator:
+        log_routing([routing_sums(one, 4, torch.device("cpu"), per_layer=True) for one in routings])
+    return aggregator.get_smoothed_values()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe_router": "hyperrouter"},
+        {"moe_router": "hyperrouter", "moe_eval_threshold": 1.0},  # which holds at no k that is named
+        {"moe_router": "relu"},
+        {"moe_router": "smoe", "moe_loss_free_rate": 0.5},
+        {"moe_router": "recurrent"},
+    ],
+)
+def test_the_report_measures_what_is_logged(options):
+    model, samples = tiny_model(**options).eval(), [tiny_sample((9, 5)), tiny_sample((7, 7), seed=1)]
+    for layer in model.decoder.layers:
+        if layer.moe.router.loss_free_rate:
+            layer.moe.router.balancing_steps.copy_(torch.tensor([3, 0, -1, -2]))
+    expected = logged(model, samples, 2)
+    layers, chosen = inspect(evaluator(model, samples), 2)
+    for number, layer in enumerate(layers):
+        for name, metric in LOGGED.items():
+            assert layer[name] == pytest.approx(expected[f"{metric}_layer{number}"], abs=6e-3), name
+        assert layer["max_violation"] == pytest.approx(expected[f"moe_load_imbalance_layer{number}"] - 1, abs=6e-3)
+        assert chosen[number].shape == (28, 4)
+    if options["moe_router"] == "relu":
+        assert all(layer["mean_experts"] < 2 for layer in layers)
+    elif options["moe_router"] == "smoe":
+        assert any(layer["margin"] < 0 for layer in layers)
+    else:
+        assert all(layer["mean_experts"] == 2 for layer in layers)
+
+
+def test_similarity_of_unrelated_and_equal_experts():
+    """The outputs' CKA is 1 for a copy, and not for the others."""
+    model, samples = tiny_model(decoder_embed_dim=16, decoder_input_dim=16, decoder_output_dim=16).eval(), []
+    for seed in range(8):
+        samples.append(tiny_sample((9, 9), seed=seed))
+    with torch.no_grad():
+        for weight in model.decoder.layers[0].moe.experts.parameters():
+            weight[1] = weight[0]
+    similarity = torch.tensor(inspect(evaluator(model, samples), 2).layers[0]["output_similarity"])
+    assert similarity[0, 1].item() == pytest.approx(1)
+    assert similarity.diag().tolist() == pytest.approx([1] * 4)
+    assert similarity[2:, :2].max() < 0.95
+    torch.testing.assert_close(similarity, similarity.t())
