@@ -258,6 +258,8 @@ class MoEConfig(FairseqDataclass):
                 raise UserError(f"--moe-top-k-start {self.moe_top_k_start}: not with a constant schedule")
         if self.moe_top_k_choices is not None and self.moe_top_k_schedule != "elastic":
             raise UserError(f"--moe-top-k-choices {self.moe_top_k_choices}: only with --moe-top-k-schedule elastic")
+        if self.moe_elastic_per == "token" and self.moe_top_k_schedule != "elastic":
+            raise UserError("--moe-elastic-per token: only with --moe-top-k-schedule elastic")
         if self.moe_expert_count % self.moe_expert_parallel_size:
             raise UserError(
                 f"--moe-expert-parallel-size {self.moe_expert_parallel_size}: must divide --moe-expert-count "
@@ -289,6 +291,8 @@ class MoEConfig(FairseqDataclass):
         if not 0 <= self.moe_router_jitter < 1:
             raise UserError(f"--moe-router-jitter {self.moe_router_jitter}: must be at least 0 and below 1")
         router = ROUTERS[self.moe_router]
+        if self.moe_router_jitter and router.ignores_x:
+            raise UserError(f"--moe-router-jitter {self.moe_router_jitter}: means nothing to {self.moe_router}")
         if self.moe_loss_free_rate and router.own_choice:
             raise UserError(f"--moe-loss-free-rate {self.moe_loss_free_rate}: {self.moe_router} selects in its own way")
         fixed = (router.own_choice or router.fixed_gates is not None) and self.moe_gate_softmax != router.fixed_gates

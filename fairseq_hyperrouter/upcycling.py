@@ -1,4 +1,7 @@
-"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): start experts from a trained dense model."""
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): start experts from a trained dense model.
+
+Dimensions: D model, F hidden, E experts.
+"""
 
 import logging
 import re
@@ -10,13 +13,12 @@ from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
 from .checks.checkpoints import read_model_cfg, restored_checkpoint, saved_tensors
+from .config import NO_LAYERS
 from .errors import UserError, option_name
 from .moe_layer import MoELayer
 
 logger = logging.getLogger(__name__)
 OPTION = "--moe-upcycle-from"
-
-
 MEANING = (
     *("activation_fn", "decoder_attention_heads", "decoder_normalize_before", "no_decoder_final_norm"),
     *("no_scale_embedding", "no_token_positional_embeddings", "decoder_learned_pos", "layernorm_embedding"),
@@ -40,7 +42,11 @@ def check_upcycling(cfg: Any) -> bool:
         raise UserError(f"{OPTION} {path}: not together with --moe-shared-experts, they would come on top")
     if not Path(path).is_file():
         raise UserError(f"{OPTION} {path}: no such file" if not Path(path).exists() else f"{OPTION} {path}: no file")
+    if model.moe_layers == NO_LAYERS:
+        raise UserError(f"{OPTION} {path}: --moe-layers {NO_LAYERS} leaves no expert to start from it")
     dense = read_model_cfg(Path(path))
+    if "encoder_layers" in dense:
+        raise UserError(f"{OPTION} {path}: has an encoder, give a language model's checkpoint")
     for name in MEANING:
         here = getattr(model, name, None)
         if name in dense and (dense[name] or None) != (here or None):
@@ -51,15 +57,19 @@ def check_upcycling(cfg: Any) -> bool:
 def upcycle(model: nn.Module, path: str) -> None:
     """Load a dense checkpoint of the same shape into *model*, whose decoder has MoE layers.
 
-    1. Every expert of a MoE layer becomes a copy of the dense layer's feed-forward; the router stays as it was drawn.
-    2. Everything else is loaded as it is.
+    1. The checkpoint is brought to the names of today's fairseq, as stock does when it loads one.
+    2. Every expert of a MoE layer becomes a copy of the dense layer's feed-forward: W1_i = fc1^T (D, F), W2_i = fc2^T
+       (F, D), i = 1 .. E; the router stays as it was drawn.
+    3. Everything else is loaded as it is.
 
-    Gates that sum to 1 then make the model compute what the dense one computes, for every k.
+    Gates g_i that sum to 1 then make the model compute what the dense one computes, sum_i g_i FFN(x) = FFN(x), for
+    every k; in training as long as no capacity drops tokens.
 
     Raises:
         UserError (a ValueError): a checkpoint whose tensors do not fit, the first of which is named.
     """
-    dense: Dict[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(path)["model"]
+    dense: Dict[str, Tensor] = dict(checkpoint_utils.load_checkpoint_to_cpu(path)["model"])
+    model.upgrade_state_dict(dense)
     if not all(layer.router.gates_sum_to_1 for layer in model.modules() if isinstance(layer, MoELayer)):
         gates = "--moe-gate-softmax selected, and no router with gates of its own"
         raise UserError(f"{OPTION} {path}: needs gates that sum to 1, give {gates}")
@@ -88,6 +98,12 @@ def upcycle(model: nn.Module, path: str) -> None:
     extra = {name for name in extra if not name.endswith(("version", "_float_tensor"))}
     if extra:
         raise UserError(f"{OPTION} {path}: has {min(extra)}, which this model lacks")
+    first_name: Dict[int, str] = {}
+    for name, value in wanted.items():
+        other = first_name.setdefault(value.data_ptr(), name)
+        if value.numel() and not torch.equal(found[name], found[other]):
+            tied = f"{other} and {name} are one tensor here and two there"
+            raise UserError(f"{OPTION} {path}: {tied}, leave out the option that ties them")
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(found[name])

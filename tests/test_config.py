@@ -42,6 +42,10 @@ BAD = [
     ({"moe_capacity_factor": float("nan")}, r"--moe-capacity-factor nan: must be greater than 0"),
     ({"moe_shared_experts": -1}, r"--moe-shared-experts -1: must be at least 0"),
     ({"moe_router": "smoe", "moe_hyper_shared": True}, r"--moe-hyper-shared True: means nothing to smoe"),
+    ({"moe_router": "hash", "moe_router_jitter": 0.1}, r"--moe-router-jitter 0.1: means nothing to hash"),
+    ({"moe_elastic_per": "token"}, r"--moe-elastic-per token: only with --moe-top-k-schedule elastic"),
+    ({"moe_router": "switch", "moe_gate_softmax": "sigmoid"}, r"--moe-gate-softmax sigmoid: switch has gates of its"),
+    ({"moe_router": "base", "moe_gate_softmax": "all"}, r"--moe-gate-softmax all: base has gates of its own"),
     ({"moe_compete_rate": 0.5}, r"--moe-compete-rate 0.5: means nothing to hyperrouter"),
 ]
 

@@ -1,5 +1,6 @@
 """An upcycled model computes what the dense one computes."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,36 @@ def test_another_model(tmp_path, options, message):
         upcycle(tiny_model(**options), path)
 
 
+@pytest.mark.parametrize("dense_ties", [False, True])
+def test_tied_embeddings(tmp_path, dense_ties):
+    """What is one tensor in the dense model may be two here, not the other way round."""
+    dense, path = saved_dense(tmp_path, share_decoder_input_output_embed=dense_ties)
+    sparse = tiny_model(share_decoder_input_output_embed=not dense_ties).eval()
+    if not dense_ties:
+        with pytest.raises(UserError, match=r"embed_tokens.weight and .*output_projection.weight are one tensor here"):
+            upcycle(sparse, path)
+        return
+    upcycle(sparse, path)
+    tokens = tiny_sample((9, 9))["net_input"]
+    torch.testing.assert_close(sparse(**tokens)[0], dense(**tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_names_of_older_fairseq(tmp_path):
+    """One tensor for queries, keys and values; no output layer beside tied embeddings."""
+    dense, path = saved_dense(tmp_path, share_decoder_input_output_embed=True)
+    state = dense.state_dict()
+    del state["decoder.output_projection.weight"]
+    for attention in {name.rpartition(".k_proj")[0] for name in state if ".k_proj" in name}:
+        for kind in ("weight", "bias"):
+            parts = [state.pop(f"{attention}.{one}_proj.{kind}") for one in "qkv"]
+            state[f"{attention}.in_proj_{kind}"] = torch.cat(parts)
+    torch.save({"model": state}, path)
+    sparse = tiny_model(share_decoder_input_output_embed=True).eval()
+    upcycle(sparse, path)
+    tokens = tiny_sample((9, 9))["net_input"]
+    torch.testing.assert_close(sparse(**tokens)[0], dense(**tokens)[0], rtol=0, atol=1e-5)
+
+
 def test_mistakes(tmp_path):
     sparse = tiny_model()
     torch.save({"model": sparse.state_dict()}, tmp_path / "sparse.pt")
@@ -74,6 +105,8 @@ def test_mistakes(tmp_path):
     [
         ({"moe_upcycle_from": "nowhere"}, "--moe-upcycle-from nowhere: no such file"),
         ({"moe_upcycle_from": "."}, "--moe-upcycle-from .: no file"),
+        ({"moe_upcycle_from": ""}, "--moe-upcycle-from : no file"),
+        ({"moe_layers": "none"}, "--moe-layers none leaves no expert to start from it"),
         ({"moe_shared_experts": 1}, "not together with --moe-shared-experts"),
         ({"finetune_from_model": "x.pt"}, "not together with --finetune-from-model"),
         ({"activation_fn": "gelu"}, r"--activation-fn gelu: --moe-upcycle-from .* was trained with relu, give that"),
@@ -93,9 +126,27 @@ def test_a_model_that_would_compute_something_else(tmp_path, changes, message):
         save_dir=str(tmp_path / "new"),
         continue_once=None,
     )
-    model = SimpleNamespace(**{"moe_upcycle_from": str(path), "moe_shared_experts": 0, **options, **changes})
+    given = {"moe_upcycle_from": str(path), "moe_shared_experts": 0, "moe_layers": None, **options}
+    model = SimpleNamespace(**{**given, **changes})
     with pytest.raises(UserError, match=message):
         check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))
-    model = SimpleNamespace(moe_upcycle_from=str(path), moe_shared_experts=0, **options)
     checkpoint.finetune_from_model = None
-    assert check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))
+    assert check_upcycling(SimpleNamespace(model=SimpleNamespace(**given), checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize("holder", ["args", "cfg"])
+def test_options_in_a_namespace(tmp_path, holder):
+    """As in checkpoints of older fairseq, and of its models without a dataclass."""
+    path = tmp_path / "dense.pt"
+    model = SimpleNamespace(moe_upcycle_from=str(path), moe_shared_experts=0, moe_layers=None, activation_fn="relu")
+    checkpoint = SimpleNamespace(
+        finetune_from_model=None, restore_file="checkpoint_last.pt", save_dir=str(tmp_path), continue_once=None
+    )
+    for options, message in (
+        ({"activation_fn": "gelu"}, "--activation-fn relu: .* was trained with gelu"),
+        ({"encoder_layers": 2}, "has an encoder, give a language model's checkpoint"),
+    ):
+        saved = Namespace(arch="transformer", **options)
+        torch.save({"model": {}, "args": saved} if holder == "args" else {"model": {}, "cfg": {"model": saved}}, path)
+        with pytest.raises(UserError, match=message):
+            check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))

@@ -105,7 +105,8 @@ def read_model_cfg(path: Path) -> Dict[str, Any]:
     """The model options that a checkpoint was trained with; its tensors are not read from disk."""
     check_readable(path)
     state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    return (state.get("cfg") or {}).get("model") or {}
+    model = (state.get("cfg") or {}).get("model") or state.get("args") or {}
+    return vars(model) if isinstance(model, argparse.Namespace) else model
 
 
 def _shape(cfg: Any) -> Dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Sequence
 from ..config import parse_ints
 from ..errors import UserError, option_name
 from ..routing import ROUTERS
+from ..workers import number_of_workers
 from .checkpoints import check_same_model, repair, restored_checkpoint
 from .distributed_options import check_workers
 
@@ -34,6 +35,8 @@ def check_model_options(args: Any, num_symbols: int) -> None:
         )
     if args.share_decoder_input_output_embed:
         _check_same("--share-decoder-input-output-embed", args, "decoder_output_dim", "decoder_input_dim")
+    if getattr(args, "base_layers", 0) and number_of_workers() == 1:
+        raise UserError(f"--base-layers {args.base_layers}: stock's need several workers; --moe-router base needs one")
     if args.decoder_layers < 1:
         raise UserError(f"--decoder-layers {args.decoder_layers}: must be at least 1")
     _check_cutoff("adaptive_softmax_cutoff", args.adaptive_softmax_cutoff, num_symbols)

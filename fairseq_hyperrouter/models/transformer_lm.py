@@ -75,7 +75,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         if divides:
             divide_experts(args._get_parent(), model)
-        if is_training and moe.moe_upcycle_from and check_upcycling(args._get_parent()):
+        if is_training and moe.moe_upcycle_from is not None and check_upcycling(args._get_parent()):
             upcycle(model, moe.moe_upcycle_from)
         return model
 

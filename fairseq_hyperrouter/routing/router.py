@@ -82,7 +82,8 @@ class Router(nn.Module, ABC):
 
     Class attributes say what a method cannot do without:
 
-    - ``trains_with``: the only K it can be trained with; ``needs_token_ids``; ``learns_from_load``: ``after_update``;
+    - ``trains_with``: the only K it can be trained with; ``learns_from_load``: ``after_update``;
+    - ``needs_token_ids``, and ``ignores_x``, when these are all that it looks at;
     - ``has_loss``: of its own, in its Routings, which the criterion must add;
     - ``hands_on_state``: to the layer above, with which it shares parameters;
     - ``looks_ahead``: the choice for a token depends on later ones, so not in a causal decoder;
@@ -101,6 +102,7 @@ class Router(nn.Module, ABC):
 
     trains_with: Optional[int] = None
     needs_token_ids = False
+    ignores_x = False
     hands_on_state = False
     looks_ahead = False
     learns_from_load = False

@@ -10,6 +10,7 @@ from fairseq import utils
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from omegaconf import ListConfig
 
 from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers
@@ -84,6 +85,8 @@ class HyperRouterTask(LanguageModelingTask):
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
+        if isinstance(getattr(args, "moe_eval_top_k", None), (list, ListConfig)):  # as a --model-overrides may say it
+            args.moe_eval_top_k = ",".join(map(str, args.moe_eval_top_k))
         self.builds_for_training = cfg is not None and not from_checkpoint
         if self.builds_for_training:
             self.update_freq = tuple(cfg.optimization.update_freq)

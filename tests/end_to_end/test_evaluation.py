@@ -124,6 +124,7 @@ def test_a_list_of_k_and_top_p(tmp_path, data, trained):
     mixed = next(found for found in by_list if len(set(found)) > 1)
     printed = commands.evaluate(data, checkpoint, f"'{mixed[0]},{mixed[1]}'")
     assert printed["printed_perplexity"] == f"{by_list[mixed]['perplexity']:.2f}"
+    assert commands.evaluate(data, checkpoint, list(mixed))["printed_perplexity"] == printed["printed_perplexity"]
     by_k = {row["top_k"]: row for row in rows if isinstance(row["top_k"], int)}
     assert by_k[1]["flops_per_token"] < by_list[mixed]["flops_per_token"] < by_k[EXPERTS]["flops_per_token"]
 

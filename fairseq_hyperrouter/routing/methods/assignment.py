@@ -17,7 +17,8 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     1. Every token without an expert bids for the one where score less price is best: as much as it could pay and still
        not prefer its second best, and a little more.
     2. An expert keeps the highest bids that it has room for; when it is full its price is the lowest of them.
-    3. The total is at most T times that little below the best. What waits after 500 rounds takes the free places.
+    3. Ended so, the total is at most T times that little below the best. Tokens that still wait after 500 rounds (many
+       that score nearly alike) take the free places one by one, and nothing is promised of the total.
 
     Args:
         scores: (T, E).

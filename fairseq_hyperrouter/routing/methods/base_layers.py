@@ -1,4 +1,7 @@
-"""BASE layers' router (Lewis et al., arXiv 2103.16716): balanced by assignment instead of a loss."""
+"""BASE layers' router (Lewis et al., arXiv 2103.16716): balanced by assignment instead of a loss.
+
+Dimensions: T tokens, D model, E experts.
+"""
 
 from typing import Optional
 
@@ -13,8 +16,8 @@ from .linear import LinearRouter
 
 @register_router("base")
 class BaseLayersRouter(LinearRouter):
-    """z = x W^T + b, gate sigmoid(z_i). In training every expert gets the same number of tokens; else the best
-    expert(s).
+    """z = x W^T + b, (T, E), gate sigmoid(z_i), (T, 1). In training every expert gets the same number of tokens; else
+    a token goes to the best expert(s).
 
     The paper assigns over the tokens of all workers; here each worker balances its own micro-batch.
     """

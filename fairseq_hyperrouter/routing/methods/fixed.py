@@ -1,4 +1,7 @@
-"""The frozen random router of SMoE-Dropout (Chen et al., arXiv 2303.01610)."""
+"""The frozen random router of SMoE-Dropout (Chen et al., arXiv 2303.01610).
+
+Dimensions: T tokens, D model, E experts.
+"""
 
 from torch import Tensor
 
@@ -8,7 +11,7 @@ from .linear import LinearRouter
 
 @register_router("smoe-dropout")
 class FixedRouter(LinearRouter):
-    """SMoE-Dropout: the linear router with W and b random and never trained.
+    """SMoE-Dropout: z = x W^T + b, (T, E), with W (E, D) and b (E,) drawn from N(0, init_std) and never trained.
 
     They are buffers: no optimizer, fine-tuning or weight decay can reach them, and they are saved.
     The method grows the experts per token during training: ``--moe-top-k-schedule linear``.

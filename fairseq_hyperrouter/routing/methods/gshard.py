@@ -1,4 +1,7 @@
-"""GShard's top-2 router (Lepikhin et al., arXiv 2006.16668)."""
+"""GShard's top-2 router (Lepikhin et al., arXiv 2006.16668).
+
+Dimensions: T tokens, D model, E experts, K experts per token.
+"""
 
 import torch
 from torch import Tensor
@@ -11,10 +14,10 @@ from .linear import LinearRouter
 class GShardRouter(LinearRouter):
     """The best expert, and in training the others by chance.
 
-    1. z = x W^T + b.
+    1. z = x W^T + b, (T, E).
     2. The first expert is the largest entry of z. The others are drawn without replacement, each with probability
        proportional to its softmax: the largest of z + Gumbel noise among the rest. Outside training the largest of z.
-    3. Gates: softmax over the selected, which for K = 2 are the two probabilities made to sum to 1.
+    3. Gates (T, K): softmax over the selected, which for K = 2 are the two probabilities made to sum to 1.
     """
 
     def select(self, logits: Tensor, top_k: int) -> Tensor:

@@ -28,6 +28,7 @@ class HashRouter(Router):
     """
 
     needs_token_ids = True
+    ignores_x = True
     own_choice = True
 
     def __init__(self, embed_dim: int, num_experts: int, *, vocabulary: int, **options: Any) -> None:
