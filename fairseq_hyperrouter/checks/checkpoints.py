@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import MoEConfig
 from ..errors import UserError
 from ..experts import ExpertBank
+from ..routing import ROUTERS, Place
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +159,22 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
     if layers[0] != layers[1]:
         one, other = (",".join(map(str, sorted(numbers))) or "none" for numbers in layers)
         return f"--moe-layers: {one} in the checkpoint, {other} in the model"
-    routers = [
-        {name.rpartition("moe.router.")[2] for name in state if "moe.router." in name} for state in (found, wanted)
-    ]
+    routers = [_routers_of(state) for state in (found, wanted)]
     if routers[0] != routers[1]:
-        one, other = (", ".join(sorted(tensors)) or "nothing" for tensors in routers)
-        return f"--moe-router: the checkpoint's consists of {one}; the model's of {other}"
+        return f"--moe-router: {routers[0]} in the checkpoint, {routers[1]} in the model"
     return None
+
+
+def _routers_of(state: Dict[str, Any]) -> str:
+    """The routers whose tensors have the names of those in *state*; these names, if there is none."""
+    inside = "moe.router."
+    tensors = {name.rpartition(inside)[2] for name in state if inside in name}
+    fitting = []
+    for name in sorted(ROUTERS):
+        router = ROUTERS[name].from_config(MoEConfig(moe_router=name, moe_expert_count=2), Place(2, vocabulary=2))
+        if router.state_dict().keys() == tensors:
+            fitting.append(name)
+    return " or ".join(fitting) or ", ".join(sorted(tensors)) or "none"
 
 
 def saved_tensors(model: nn.Module) -> Dict[str, Tensor]:

@@ -11,7 +11,7 @@ import yaml
 from tests import commands
 from tests.commands import load, popen
 
-UPDATES = 60
+UPDATES = 150  # enough that a training has not ended before the signal reaches it
 
 
 def options(arguments):
@@ -39,7 +39,7 @@ def file(tmp_path):
             "options": {
                 **shared,
                 **given,
-                **{"save-interval-updates": 5, "keep-interval-updates": 1, "max-update": UPDATES},
+                **{"save-interval-updates": 10, "keep-interval-updates": 1, "max-update": UPDATES},
             },
             "runs": runs or {"smoe": {"moe-router": "smoe"}},
             "settings": {"tiny": {}},

@@ -79,7 +79,10 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
             ["--moe-router", "stable", "--moe-top-k", "1", "--max-update", "0", "--max-epoch", "1"],
             "--moe-stage1-updates: must be given without --max-update",
         ),
-        (["--moe-router", "switch", "--moe-gate-softmax", "sigmoid"], "--moe-gate-softmax sigmoid: switch's gates"),
+        (
+            ["--moe-router", "switch", "--moe-gate-softmax", "sigmoid"],
+            "--moe-gate-softmax sigmoid: switch has gates of its own",
+        ),
         (
             ["--moe-router", "base", "--moe-top-k", "1", "--moe-loss-free-rate", "1"],
             "-rate 1.0: base selects in its own",
