@@ -42,7 +42,8 @@ INLINE void add_rows(const int rows, const float *const *in, const float *weight
             const vector a0 = *(const vector *)(w0 + o), a1 = *(const vector *)(w1 + o);
             const vector a2 = *(const vector *)(w2 + o), a3 = *(const vector *)(w3 + o);
             for (int j = 4; j < 8; j++)
-                __builtin_prefetch(w0 + j * O + o); /* the next four rows: the processor itself foresees one page */
+                __builtin_prefetch(w0 + j * O + o, 0, 0); /* the next four rows, soon and once: the processor
+                                                              itself foresees no more than a page */
             for (int r = 0; r < rows; r++) {
                 vector sum = *(const vector *)(out[r] + o);
                 sum += v[r][0] * a0;
