@@ -15,6 +15,9 @@ from .auxiliary_loss import AuxiliaryLossConfig, auxiliary_loss
 from .routing_metrics import log_routing, routing_sums
 
 ELASTIC_DISTILL_WEIGHT = 0.5
+IGNORED = -100  # the target of padding
+
+Cluster = Tuple[Tensor, Tensor]  # logarithms of probabilities (N, V), targets (N,)
 
 
 @dataclass
@@ -54,7 +57,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     With a ``moe_distill_wt`` w, by default with an elastic schedule, every batch is computed twice in training: with
     the k of the schedule and with the largest K (the sandwich of slimmable networks, arXiv 1903.05134). Beside the
     auxiliary losses, loss = (CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2, p_K without gradient; CE_k and the routing of
-    k are what is logged.
+    k are what is logged. The KL of an adaptive softmax is that of its head, and of its tails where the target is: what
+    the cross entropy computes anyway.
     """
 
     def __init__(self, cfg: MoECrossEntropyConfig, task: Any) -> None:
@@ -70,7 +74,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, Any, Dict[str, Any]]:
         """Return the loss to differentiate, the sample size and what is logged."""
         net_output = model(**sample["net_input"])
-        loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        student = self._log_probabilities(model, net_output, sample)
+        loss = _cross_entropy(student, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         routings = net_output[1].get("routing", ())
         logging_output = {
@@ -84,7 +89,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             logging_output.update(routing_sums(routings, num_experts, loss.device, self.cfg.moe_log_layers))
         weight = self._distill_weight(model) if self.training and reduce and routings else 0.0
         if weight:
-            loss = self._distilled(model, net_output, sample, loss, weight)
+            with model.decoder.at_largest_top_k():
+                teacher = self._log_probabilities(model, model(**sample["net_input"]), sample)
+            own = (1 - weight) * loss + weight * _divergence(teacher, student)
+            loss = (_cross_entropy(teacher) + own) / 2
         if self.training and reduce and routings:
             counts = not sample.get("is_dummy", False)
             sums = {name: value * counts for name, value in logging_output.items() if name.startswith("moe_")}
@@ -97,33 +105,20 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             return self.cfg.moe_distill_wt
         return ELASTIC_DISTILL_WEIGHT if model.decoder.schedule.name == "elastic" else 0.0
 
-    def _distilled(
-        self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], loss: Tensor, weight: float
-    ) -> Tensor:
-        with model.decoder.at_largest_top_k():
-            largest = model(**sample["net_input"])
-        teacher_loss, _ = self.compute_loss(model, largest, sample)
-        teacher, student = (_log_probabilities(model, output) for output in (largest, net_output))
-        per_token = F.kl_div(student, teacher.detach(), log_target=True, reduction="none").sum(-1)
-        divergence = per_token.masked_fill(sample["target"].eq(self.padding_idx), 0).sum()
-        return (teacher_loss + (1 - weight) * loss + weight * divergence) / 2
+    def _log_probabilities(self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any]) -> List[Cluster]:
+        """Of all words; or of the head of an adaptive softmax, and of each tail for the tokens whose target is there.
 
-    def compute_loss(
-        self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any], reduce: bool = True
-    ) -> Tuple[Tensor, Tensor]:
-        adaptive_softmax = model.decoder.adaptive_softmax
+        Padding's target is IGNORED. Stock adaptive_loss ignores its number in the tails too, where it is a word.
+        """
+        target, adaptive_softmax = model.get_targets(sample, net_output).view(-1), model.decoder.adaptive_softmax
         if adaptive_softmax is None:
-            return super().compute_loss(model, net_output, sample, reduce=reduce)
-        target = model.get_targets(sample, net_output).view(-1)
-        cluster_logits, cluster_targets = adaptive_softmax(net_output[0], target)
-        # Padding is in the head. Stock adaptive_loss ignores its number in the tails too, where it is a word.
-        loss = F.cross_entropy(
-            cluster_logits[0].float(), cluster_targets[0], ignore_index=self.padding_idx, reduction="sum"
-        )
-        for logits, cluster in zip(cluster_logits[1:], cluster_targets[1:]):
-            if cluster is not None:
-                loss = loss + F.cross_entropy(logits.float(), cluster, reduction="sum")
-        return loss, loss
+            log_probs = model.get_normalized_probs(net_output, log_probs=True)
+            clusters = [(log_probs.view(len(target), -1), target)]
+        else:
+            outputs = zip(*adaptive_softmax(net_output[0], target))
+            clusters = [(y.log_softmax(-1, dtype=torch.float32), of_it) for y, of_it in outputs if y is not None]
+        (log_probs, target), *tails = clusters
+        return [(log_probs, target.masked_fill(target.eq(self.padding_idx), IGNORED)), *tails]
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
@@ -132,12 +127,15 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         log_routing(logging_outputs)
 
 
-def _log_probabilities(model: Any, net_output: Tuple[Tensor, Any]) -> Tensor:
-    """(B, T, V); the stock method of an adaptive softmax works in place, so no gradient could pass."""
-    softmax = model.decoder.adaptive_softmax
-    if softmax is None:
-        return model.get_normalized_probs(net_output, log_probs=True).float()
-    features, first = net_output[0], softmax.cutoff[0]
-    head = softmax.head(features).float().log_softmax(-1)
-    tails = [tail(features).float().log_softmax(-1) for tail in softmax.tail]
-    return torch.cat([head[..., :first], *(t + head[..., first + i, None] for i, t in enumerate(tails))], dim=-1)
+def _cross_entropy(clusters: List[Cluster], reduce: bool = True) -> Tensor:
+    reduction = "sum" if reduce else "none"
+    return sum(F.nll_loss(*cluster, ignore_index=IGNORED, reduction=reduction) for cluster in clusters)
+
+
+def _divergence(teacher: List[Cluster], student: List[Cluster]) -> Tensor:
+    """KL(teacher || student), summed over the tokens; none for the teacher's gradient."""
+    total = 0.0
+    for (log_p, target), (log_q, _) in zip(teacher, student):
+        per_token = F.kl_div(log_q, log_p.detach(), log_target=True, reduction="none").sum(-1)
+        total = total + per_token.masked_fill(target.eq(IGNORED), 0).sum()
+    return total

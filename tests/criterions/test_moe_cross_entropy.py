@@ -7,7 +7,7 @@ from fairseq.logging import metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_hyperrouter import MoECrossEntropyCriterion, UserError
-from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig, _log_probabilities
+from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_hyperrouter.criterions.routing_metrics import routing_sums
 from tests import reference
 from tests.tiny import ADAPTIVE, tiny_model, tiny_sample, tiny_task
@@ -109,7 +109,22 @@ def test_errors(name, value):
         make_criterion(**{name: value})
 
 
-@pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["plain", "adaptive"])
+def decisions(model, learns, teaches, symbol):
+    """What the softmax decides for one token: the symbol; or first head symbol or tail, then the symbol of the tail."""
+    softmax = model.decoder.adaptive_softmax
+    if softmax is None:
+        return [(symbol, learns.log_softmax(-1), teaches.log_softmax(-1))]
+    tail = sum(symbol >= cutoff for cutoff in softmax.cutoff[:-1])
+    layers = [(softmax.head, softmax.cutoff[0] + tail - 1 if tail else symbol)]
+    if tail:
+        layers.append((softmax.tail[tail - 1], symbol - softmax.cutoff[tail - 1]))
+    return [(place, *(layer(x[None])[0].log_softmax(-1) for x in (learns, teaches))) for layer, place in layers]
+
+
+TIED = {**ADAPTIVE, "tie_adaptive_weights": True, "tie_adaptive_proj": True}
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTIVE, TIED], ids=["plain", "adaptive", "tied"])
 @pytest.mark.parametrize("weight", [None, 0.0, 0.25, 1.0])
 def test_distillation(weight, options):
     """(CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2 and its gradients, p_K without; by default at w = 0.5."""
@@ -126,13 +141,12 @@ def test_distillation(weight, options):
     with model.decoder.at_largest_top_k():
         four = model(**sample["net_input"])
     assert {routing.expert_index.size(1) for routing in four[1]["routing"]} == {4}
-    # the stock method of an adaptive softmax works in place
-    student, teacher = (_log_probabilities(model, output) for output in (one, four))
-    stock = model.get_normalized_probs((one[0].detach(), one[1]), log_probs=True)
-    torch.testing.assert_close(student.detach(), stock.view_as(student))
-    ce_student, ce_teacher = (-p.gather(2, target[:, :, None]).squeeze(2)[counts].sum() for p in (student, teacher))
-    fixed = teacher.detach()
-    divergence = (fixed.exp() * (fixed - student)).sum(-1)[counts].sum()
+    ce_student = ce_teacher = divergence = 0
+    for learns, teaches, symbol in zip(one[0][counts], four[0][counts], target[counts].tolist()):  # token by token
+        for place, log_q, log_p in decisions(model, learns, teaches, symbol):
+            ce_student, ce_teacher = ce_student - log_q[place], ce_teacher - log_p[place]
+            fixed = log_p.detach()
+            divergence = divergence + (fixed.exp() * (fixed - log_q)).sum()
     w = 0.5 if weight is None else weight
     expected = (ce_teacher + (1 - w) * ce_student + w * divergence) / 2 if w else ce_student
     expected.backward()
