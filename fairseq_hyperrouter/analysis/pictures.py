@@ -1,6 +1,7 @@
 """Pictures of what was measured: each takes numbers and returns a matplotlib figure."""
 
-from typing import Any, Dict, List, Sequence
+from statistics import fmean, stdev
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 LINES = (
     ("normalised_entropy", "router entropy / ln E"),
@@ -12,18 +13,83 @@ LINES = (
 )
 
 
-def _pyplot() -> Any:
+def perplexity_curves(rows: Sequence[Dict[str, Any]]) -> Any:
+    """Perplexity against experts per token, and against operations: the rows of ``fairseq-hyperrouter sweep``."""
+    figure, (by_k, by_flops) = _figure(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == label]
+        perplexity = [row["perplexity"] for row in own]
+        flops = [row["flops_per_token"] / 1e6 for row in own]
+        if own[0]["top_k"] is None:
+            by_k.axhline(perplexity[0], linestyle="--", color="gray", label=label)
+            by_flops.plot(flops, perplexity, "x", color="gray", label=label)
+            continue
+        for curve in dict.fromkeys(map(_curve, own)):
+            points = [number for number, row in enumerate(own) if _curve(row) == curve]
+            style = {"label": label + curve, "marker": "s" if curve else "o", "linestyle": "--" if curve else "-"}
+            by_k.plot([own[n]["mean_top_k"] for n in points], [perplexity[n] for n in points], **style)
+            by_flops.plot([flops[n] for n in points], [perplexity[n] for n in points], **style)
+    by_k.set(xlabel="experts per token at inference (mean)", ylabel="perplexity")
+    by_flops.set(xlabel="MFLOPs per token (forward)")
+    _by_top_k(by_k, (row["top_k"] for row in rows if isinstance(row["top_k"], int)))
+    by_flops.grid(True, which="both", alpha=0.3)
+    figure.legend(*by_k.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _curve(row: Dict[str, Any]) -> str:
+    """Which of a model's curves the row is a point of."""
+    if row["top_p"] is not None:
+        return ", top-p"
+    return ", k by layer" if isinstance(row["top_k"], (tuple, list)) else ""
+
+
+def metric_curves(rows: Mapping[str, Mapping[Optional[int], Sequence[float]]], metric: str, title: str) -> Any:
+    """A *metric* against k, of {row: {k: values of the seeds}}: means and standard deviations; k = None is dense."""
+    figure, axes = _figure(figsize=(7, 4.5), layout="constrained")
+    for row, at in rows.items():
+        if None in at:
+            axes.axhline(fmean(at[None]), linestyle="--", color="gray", label=row)
+            continue
+        top_ks = sorted(at)
+        spread = [stdev(at[k]) if len(at[k]) > 1 else 0.0 for k in top_ks]
+        axes.errorbar(top_ks, [fmean(at[k]) for k in top_ks], spread, marker="o", capsize=3, label=row)
+    axes.set(xlabel="experts per token at inference", ylabel=metric)
+    _by_top_k(axes, (k for at in rows.values() for k in at if k is not None))
+    axes.legend(fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def _by_top_k(axes: Any, top_ks: Iterable[int]) -> None:
+    """Scales and ticks of a diagram of losses against k."""
+    from matplotlib.ticker import ScalarFormatter
+
+    ticks = sorted(set(top_ks))
+    if ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.grid(True, which="both", alpha=0.3)
+
+
+def _figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    """What pyplot.subplots returns; pyplot does not keep the figure, which can still be drawn and saved."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
+    figure, axes = pyplot.subplots(rows, columns, **options)
+    pyplot.close(figure)
+    return figure, axes
 
 
 def by_layer(checkpoints: Sequence[Dict[str, Any]]) -> Any:
     """One small diagram per quantity: its value in every MoE layer, a line per checkpoint."""
-    figure, axes = _pyplot().subplots(2, 3, figsize=(12, 6.5))
+    figure, axes = _figure(2, 3, figsize=(12, 6.5))
     for axis, (name, title) in zip(axes.flat, LINES):
         for checkpoint in checkpoints:
             layers = checkpoint["layers"]
@@ -56,7 +122,7 @@ def _maps(maps: List[Any], titles: List[str], across: str, down: str, low: float
     height = max(1.6, 0.22 * max(len(one) for one in maps)) + 0.8
     columns = min(len(maps), 4)
     rows = -(-len(maps) // columns)
-    figure, axes = _pyplot().subplots(
+    figure, axes = _figure(
         rows, columns, figsize=(width * columns + 1, height * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(maps) :]:

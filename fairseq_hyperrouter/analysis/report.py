@@ -11,7 +11,6 @@ from . import pictures, statistics
 from .evaluation import Evaluator, labels
 from .inspection import Inspection, inspect
 from .machine import machine
-from .sweep import plot
 from .table import markdown_table
 
 NUMBERS = (
@@ -77,7 +76,11 @@ def write(content: Dict[str, Any], folder: Path) -> List[Path]:
     """Write report.json, the pictures, and report.html, one page that holds them; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     sparse = [checkpoint for checkpoint in content["checkpoints"] if checkpoint["layers"]]
-    figures = {"loss": plot([row for checkpoint in content["checkpoints"] for row in checkpoint["sweep"]])}
+    figures = {
+        "loss": pictures.perplexity_curves(
+            [row for checkpoint in content["checkpoints"] for row in checkpoint["sweep"]]
+        )
+    }
     if sparse:
         figures.update(layers=pictures.by_layer(sparse), load=pictures.load_heat_map(sparse))
     for number, checkpoint in enumerate(sparse):
@@ -114,11 +117,8 @@ def _cell(value: Any) -> str:
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
-    pyplot.close(figure)
     return buffer.getvalue()
 
 

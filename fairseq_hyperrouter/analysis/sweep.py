@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 from .evaluation import Evaluator, Row, as_text, labels
+from .pictures import perplexity_curves
 from .table import markdown_table
 
 
@@ -68,57 +69,11 @@ def _k(row: Row) -> str:
     return as_text(row["top_k"]) if row["top_p"] is None else f"top-p {row['top_p']:g}"
 
 
-def _curve(row: Row) -> str:
-    """Which of a model's curves the row is a point of."""
-    if row["top_p"] is not None:
-        return ", top-p"
-    return ", k by layer" if isinstance(row["top_k"], (tuple, list)) else ""
-
-
 def write(rows: Sequence[Row], folder: Path, name: str = "sweep") -> List[Path]:
     """Write *name*.json, .md and .png into *folder* and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(list(rows), indent=1) + "\n")
     paths[1].write_text(markdown(rows) + "\n")
-    figure = plot(rows)
-    figure.savefig(paths[2], dpi=120)
-    figure.clear()
+    perplexity_curves(rows).savefig(paths[2], dpi=120)
     return paths
-
-
-def plot(rows: Sequence[Row]) -> Any:
-    """A figure: perplexity against experts per token, and against operations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (by_k, by_flops) = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    for label in dict.fromkeys(row["label"] for row in rows):
-        own = [row for row in rows if row["label"] == label]
-        perplexity = [row["perplexity"] for row in own]
-        flops = [row["flops_per_token"] / 1e6 for row in own]
-        if own[0]["top_k"] is None:
-            by_k.axhline(perplexity[0], linestyle="--", color="gray", label=label)
-            by_flops.plot(flops, perplexity, "x", color="gray", label=label)
-            continue
-        for curve in dict.fromkeys(map(_curve, own)):
-            points = [number for number, row in enumerate(own) if _curve(row) == curve]
-            style = {"label": label + curve, "marker": "s" if curve else "o", "linestyle": "--" if curve else "-"}
-            by_k.plot([own[n]["mean_top_k"] for n in points], [perplexity[n] for n in points], **style)
-            by_flops.plot([flops[n] for n in points], [perplexity[n] for n in points], **style)
-    ticks = sorted({row["top_k"] for row in rows if isinstance(row["top_k"], int)})
-    by_k.set(xlabel="experts per token at inference (mean)", ylabel="perplexity")
-    if ticks:
-        by_k.set_xscale("log", base=2)
-        by_k.set_xticks(ticks, [str(k) for k in ticks])
-    by_flops.set(xlabel="MFLOPs per token (forward)")
-    by_k.set_yscale("log")
-    for axes in (by_k, by_flops):
-        axes.grid(True, which="both", alpha=0.3)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    figure.legend(*by_k.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    pyplot.close(figure)  # pyplot keeps it no longer; it can still be drawn
-    return figure

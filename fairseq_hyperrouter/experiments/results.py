@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_hyperrouter.analysis.machine import machine
+from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 from .experiment import Experiment, Run
@@ -48,7 +49,8 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "results.md").write_text(markdown(experiment, results, command) + "\n")
-    _plot(experiment, results, folder / "results.png")
+    figure = metric_curves(collected(experiment, results), experiment.metric.replace("_", " "), experiment.title)
+    figure.savefig(folder / "results.png", dpi=120)
     return [folder / f"results.{kind}" for kind in ("json", "md", "png")]
 
 
@@ -102,34 +104,3 @@ def _column(name: str) -> str:
 
 def _listed(what: str, numbers: Sequence[int]) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _plot(experiment: Experiment, results: Sequence[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    ticks = set()
-    for row, at in collected(experiment, results).items():
-        if DENSE in at:
-            axes.axhline(statistics.fmean(at[DENSE]), linestyle="--", color="gray", label=row)
-            continue
-        top_k = sorted(at)
-        ticks.update(top_k)
-        mean = [statistics.fmean(at[k]) for k in top_k]
-        spread = [statistics.stdev(at[k]) if len(at[k]) > 1 else 0.0 for k in top_k]
-        axes.errorbar(top_k, mean, spread, marker="o", capsize=3, label=row)
-    axes.set(xlabel="experts per token at inference", ylabel=experiment.metric.replace("_", " "))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(matplotlib.ticker.ScalarFormatter())
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
-    axes.set_title(experiment.title, fontsize="medium")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

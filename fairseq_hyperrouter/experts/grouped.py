@@ -3,9 +3,9 @@
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments.
 
 Sorted rows meet their experts' weights in torch's ``grouped_mm`` where that is fast, and everywhere else in batched
-products of blocks of rows (``products.py``). Either way the hidden rows are all that is kept and x is gathered again,
-as in ``runs``. Outputs are brought back to their tokens by a gather and a sum over K, not by atomic additions: the
-same numbers at every run.
+products of blocks of rows (``grouped_products.py``). Either way the hidden rows are all that is kept and x is gathered
+again, as in ``runs``. Outputs are brought back to their tokens by a gather and a sum over K, not by atomic additions:
+the same numbers at every run.
 """
 
 from typing import Any, Optional, Tuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .activation import with_gradient
 from .dispatch import Dispatch, places, sum_of_assignments
-from .products import BlockProducts, GroupedProducts, Products
+from .grouped_products import BlockProducts, GroupedProducts, Products
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 

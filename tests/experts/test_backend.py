@@ -11,7 +11,7 @@ from fairseq_hyperrouter.experts import ExpertBank, run_products
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM
 from fairseq_hyperrouter.experts.dispatch import order_by_expert
-from fairseq_hyperrouter.experts.products import BLOCK_ROWS
+from fairseq_hyperrouter.experts.grouped_products import BLOCK_ROWS
 from fairseq_hyperrouter.experts.weights import ExpertWeights
 from tests.reference import feed_forward
 
