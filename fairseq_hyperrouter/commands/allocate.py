@@ -1,9 +1,10 @@
 """``fairseq-hyperrouter allocate``."""
 
 import argparse
+from typing import Dict, Optional
 
 from ..analysis.allocation import allocate
-from ..analysis.evaluation import Evaluator, as_text
+from ..analysis.evaluation import Evaluator, Row, as_text
 from ..analysis.sweep import markdown, write
 from ..config import parse_ints
 from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, show
@@ -31,7 +32,13 @@ def run(args: argparse.Namespace) -> int:
     rows = [test.at(k) for k in choices] + [test.at(row["top_k"]) for row in found]
     table = markdown(rows)
     if args.budget is not None:
-        best = as_text(found[0]["top_k"])
-        table += f"\nwithin {args.budget:g} MFLOPs: --model-overrides \"{{'moe_eval_top_k': '{best}'}}\""
+        table += f'\nwithin {args.budget:g} MFLOPs: --model-overrides "{_overrides(evaluator, found[0])}"'
     show(table, write(rows, args.out, "allocate"))
     return 0
+
+
+def _overrides(evaluator: Evaluator, row: Row) -> Dict[str, Optional[str]]:
+    """With which the checkpoint does what was measured: exactly so many experts, without a limit of its own."""
+    config = evaluator.model.decoder.moe_config
+    limits = [name for name in ("moe_eval_threshold", "moe_eval_top_p") if getattr(config, name) is not None]
+    return {"moe_eval_top_k": as_text(row["top_k"]), **dict.fromkeys(limits)}

@@ -103,6 +103,21 @@ def test_checkpoints_hold_data_only(tmp_path, data, trained):
     )
 
 
+def test_allocate_prints_what_evaluates_the_list(tmp_path, data, trained):
+    """Also of a checkpoint that was trained to give a token one expert (top-p 0)."""
+    state = load(trained("hyperrouter")[0] / "checkpoint_last.pt")
+    state["cfg"]["model"]["moe_eval_top_p"] = 0.0
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save(state, checkpoint)
+    ample = ["--choices", f"1,{EXPERTS}", "--budget", "1"]
+    result = run("fairseq-hyperrouter", "allocate", checkpoint, data, *ample, "--out", tmp_path, "--cpu")
+    overrides = re.search(r'--model-overrides "(.*)"', result.out)[1]
+    assert f"'moe_eval_top_k': '{EXPERTS},{EXPERTS}'" in overrides
+    row = next(row for row in json.loads((tmp_path / "allocate.json").read_text()) if row["top_k"] == EXPERTS)
+    printed = commands.evaluate(data, checkpoint, options=["--model-overrides", overrides])["printed_perplexity"]
+    assert printed == f"{row['perplexity']:.2f}"
+
+
 def test_user_dir_prints_the_folder():
     assert run("-m fairseq_hyperrouter.commands", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
 
@@ -111,12 +126,6 @@ def test_a_list_of_k_and_top_p(tmp_path, data, trained):
     """allocate's lists are what fairseq-eval-lm takes; a top-p of 1 is every expert, of 0 the best one."""
     checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
     out = ["--out", tmp_path, "--cpu"]
-    result = run(
-        "fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", "--budget", "1", *out
-    )
-    rows = json.loads((tmp_path / "allocate.json").read_text())
-    by_list = {tuple(row["top_k"]): row for row in rows if isinstance(row["top_k"], list)}
-    assert f"'moe_eval_top_k': '{EXPERTS},{EXPERTS}'" in result.out  # the budget is ample
     run("fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", *out)
     rows = json.loads((tmp_path / "allocate.json").read_text())
     by_list = {tuple(row["top_k"]): row for row in rows if isinstance(row["top_k"], list)}
