@@ -140,7 +140,7 @@ class MoEConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "the router learns at so many times the learning rate (with Adam and its kin): its trained "
-            "numbers are stored divided by this"
+            "numbers are stored divided by this (default: 1; hyperrouter with an elastic schedule: 10)"
         },
     )
     moe_router_jitter: float = field(
@@ -327,6 +327,12 @@ class MoEConfig(FairseqDataclass):
             per=self.moe_elastic_per,
             seed=self.init_seed,
         )
+
+    @property
+    def router_lr_scale(self) -> float:
+        if self.moe_router_lr_scale is not None:
+            return self.moe_router_lr_scale
+        return ROUTERS[self.moe_router].elastic_lr_scale if self.moe_top_k_schedule == "elastic" else 1.0
 
     def eval_top_k(self, num_layers: int) -> Tuple[int, ...]:
         """Experts per token at inference in each of *num_layers* MoE layers."""

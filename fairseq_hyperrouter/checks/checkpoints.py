@@ -125,7 +125,7 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         "--moe-ffn-embed-dim": moe.moe_ffn_embed_dim or cfg.decoder_ffn_embed_dim,
         "--moe-shared-experts": moe.moe_shared_experts,
         "--moe-router-dim": moe.moe_router_dim,
-        "--moe-router-lr-scale": moe.moe_router_lr_scale or 1.0,
+        "--moe-router-lr-scale": moe.router_lr_scale,
         "--moe-adapter-dim": moe.moe_adapter_dim,
         "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
     }

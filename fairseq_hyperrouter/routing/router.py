@@ -93,6 +93,7 @@ class Router(nn.Module, ABC):
     - ``own_choice``: experts and gates are not those of steps 3 and 4, so that loss-free balancing, ``gate_softmax``
       and thresholds have no say;
     - ``fixed_gates``: the only ``gate_softmax`` it has;
+    - ``elastic_lr_scale``: the ``--moe-router-lr-scale`` that an elastic schedule has by default;
     - ``takes``: the options that only some routers have and this one reads, with the argument of its constructor that
       each is passed as when it is given.
 
@@ -109,6 +110,7 @@ class Router(nn.Module, ABC):
     has_loss = False
     own_choice = False
     fixed_gates: Optional[str] = None
+    elastic_lr_scale = 1.0
     takes: Mapping[str, str] = {}
 
     def __init__(

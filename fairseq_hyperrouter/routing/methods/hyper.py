@@ -72,6 +72,7 @@ class HyperRouter(InferenceCache, Router):
             hidden units is active and the router could never learn.
     """
 
+    elastic_lr_scale = 10.0  # docs/results.md shows why
     takes = {
         "moe_router_init_std": "init_std",
         "moe_router_lr_scale": "lr_scale",
@@ -115,7 +116,8 @@ class HyperRouter(InferenceCache, Router):
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
         options = super().options(config, place)
         shared = options.pop("shared") and place.lower
-        return {**options, "hypernetwork": place.lower[0].hypernetwork if shared else None}
+        options.update(lr_scale=config.router_lr_scale, hypernetwork=place.lower[0].hypernetwork if shared else None)
+        return options
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:

@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 
-from fairseq_hyperrouter import HyperNetwork, HyperRouter, RoutingContext, UserError
+from fairseq_hyperrouter import HyperNetwork, HyperRouter, LinearRouter, RoutingContext, UserError
+from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.routing import Place
 
 
 def test_only_the_embedding_is_trained():
@@ -80,6 +82,14 @@ def test_init_std_is_hit_exactly_and_keeps_the_embedding(sizes):
             router.reset_parameters(torch.Generator().manual_seed(seed))
         assert torch.equal(plain.embedding, scaled.embedding)
         assert scaled.generate()[0].square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule, given, expected", [("elastic", None, 10), ("elastic", 1.0, 1), ("linear", None, 1)])
+def test_the_embedding_of_an_elastic_model_learns_faster(schedule, given, expected):
+    config = MoEConfig(moe_router="hyperrouter", moe_top_k_schedule=schedule, moe_router_lr_scale=given)
+    assert HyperRouter.from_config(config, Place(8)).lr_scale == config.router_lr_scale == expected
+    config.moe_router = "smoe"
+    assert LinearRouter.from_config(config, Place(8)).lr_scale == config.router_lr_scale == 1
 
 
 def test_init_std_of_a_one_by_one_router_is_not_nan():
