@@ -8,7 +8,9 @@ from typing import Callable, Dict, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from fairseq_hyperrouter.errors import UserError
 
 
 class Activation(NamedTuple):
@@ -31,6 +33,16 @@ _WRITTEN_OUT: Dict[Callable[[Tensor], Tensor], Activation] = {
     F.gelu: Activation(F.gelu, torch.ops.aten.gelu_backward, keeps_output=False),
     F.silu: Activation(F.silu, torch.ops.aten.silu_backward, keeps_output=False),
 }
+
+
+def check_activation(function: Callable[[Tensor], Tensor]) -> None:
+    """Raise a UserError (a ValueError) for an activation that not every backend computes right."""
+    if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
+        raise UserError(f"activation {function}: has parameters, which would not be trained")
+    values = torch.tensor([-9.0, 9.0])
+    function(values)
+    if values.tolist() != [-9.0, 9.0]:
+        raise UserError(f"activation {function}: works in place; take the one that does not")
 
 
 def with_gradient(function: Callable[[Tensor], Tensor]) -> Activation:

@@ -69,13 +69,15 @@ def compute_ordered(
 ) -> Tensor:
     """The same where the assignments have been ordered by expert."""
     chosen = _fastest(x, dispatch, weights) if name == AUTO else name
+    if chosen == "grouped" and not _aligned(x, weights):
+        sizes = " and ".join(map(str, weights.weight1.shape[1:]))
+        raise UserError(f"--moe-backend grouped: experts of width {sizes}, must be multiples of {16 // x.itemsize}")
     _log_once(chosen, x)
     return BACKENDS[chosen](x, dispatch, gate, weights, hidden)
 
 
 def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
-    aligned = weights.weight1.size(1) * x.itemsize % 16 == weights.weight1.size(2) * x.itemsize % 16 == 0
-    can_group = aligned and HAS_GROUPED_MM and x.dtype in (torch.float32, torch.bfloat16)
+    can_group = _aligned(x, weights) and HAS_GROUPED_MM and x.dtype in (torch.float32, torch.bfloat16)
     if x.device.type == "cpu":
         each = dispatch.order.numel() * weights.weight1[0].numel() / dispatch.ends.numel()
         return "onednn" if x.dtype == torch.float32 and onednn_is_faster() and each >= ONEDNN_PAYS else "runs"
@@ -84,6 +86,10 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.
     fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     return "grouped" if fast and can_group else "blocks"
+
+
+def _aligned(x: Tensor, weights: ExpertWeights) -> bool:
+    return all(size * x.itemsize % 16 == 0 for size in weights.weight1.shape[1:])
 
 
 _logged: Set[Tuple[str, str, torch.dtype]] = set()

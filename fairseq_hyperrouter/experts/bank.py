@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
+from .activation import check_activation
 from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
 from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
@@ -29,8 +30,8 @@ class ExpertBank(nn.Module):
             dict always holds all experts: ``gather`` collects them before, loading takes this worker's.
 
     Raises:
-        UserError (a ValueError): a size that is not positive, a backend that does not exist, experts that cannot be
-            divided evenly over the workers.
+        UserError (a ValueError): a size that is not positive, a backend that does not exist, an activation with
+            parameters or one that works in place, experts that cannot be divided evenly over the workers.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ExpertBank(nn.Module):
                 raise UserError(f"expert bank {name} {value}: must be at least 1")
         if not 0 <= dropout < 1:
             raise UserError(f"expert bank dropout {dropout}: must be at least 0 and below 1")
+        check_activation(activation)
         check_backend("backend", backend)
         if parallel is not None and num_experts % parallel.size:
             raise UserError(f"expert bank num_experts {num_experts}: must be a multiple of {parallel.size} workers")

@@ -111,8 +111,13 @@ static PyObject *order(PyObject *self, PyObject *args)
     int64_t *order = POINTER(int64_t, order_at), *starts = POINTER(int64_t, starts_at);
     memset(starts, 0, (E + 1) * sizeof *starts);
     for (Py_ssize_t j = 0; j < N; j++)
-        if (!kept || kept[j])
+        if (!kept || kept[j]) {
+            if (index[j] < 0 || index[j] >= E) {
+                PyErr_Format(PyExc_IndexError, "expert_index %lld: must be in 0 .. %zd", (long long)index[j], E - 1);
+                return NULL;
+            }
             starts[index[j]]++;
+        }
     for (Py_ssize_t e = 1; e <= E; e++)
         starts[e] += starts[e - 1]; /* where the expert ends; taken back to where it starts below */
     for (Py_ssize_t j = N; j-- > 0;)

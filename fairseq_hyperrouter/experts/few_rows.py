@@ -33,6 +33,7 @@ def serves(x: Tensor, expert_index: Tensor, gate: Tensor, weights: ExpertWeights
         native is not None
         and x.device.type == "cpu"
         and x.dtype == gate.dtype == weight1.dtype == torch.float32
+        and expert_index.dtype == torch.int64
         and assignments <= ROWS * len(weight1)
         and (torch.get_num_threads() == 1 or assignments * weight1[0].numel() <= ONE_THREAD)
         and not hidden.dropout

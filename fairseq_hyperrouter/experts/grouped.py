@@ -16,6 +16,7 @@ from torch import Tensor
 from .activation import with_gradient
 from .dispatch import Dispatch, places, sum_of_assignments
 from .grouped_products import BlockProducts, GroupedProducts, Products
+from .once import differentiable_once
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 
@@ -63,7 +64,7 @@ class _Grouped(torch.autograd.Function):
         return sum_of_assignments(output.to(sum_dtype(x)) * gate_N[:, None], place, gate.shape).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, gate_N, weight1, weight2, bias2, kept, mask, expert, place = ctx.saved_tensors
         products, token, wide = ctx.products, ctx.dispatch.token, sum_dtype(x)

@@ -13,11 +13,13 @@ Why not plain autograd: an expert's products are small, so what lies around them
 from typing import Any, List, Optional, Tuple, Type
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import with_gradient
 from .dispatch import Dispatch
 from .memory import room_like
+from .once import differentiable_once
 from .run_products import OneDNNProducts, RunProducts
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
@@ -51,7 +53,7 @@ class _ExpertRuns(torch.autograd.Function):
         kept: List[Tensor] = []
         masks: List[Tensor] = []
         for rows, expert in _runs(dispatch):
-            token = dispatch.token[rows]
+            n, token = rows.stop - rows.start, _padded(dispatch.token[rows], products, x.dtype)
             before = products.rows(x.index_select(0, token), weight1[expert], bias1[expert])
             activated = activation.apply(before)
             if hidden.dropout:
@@ -59,15 +61,15 @@ class _ExpertRuns(torch.autograd.Function):
                 activated = activated * masks[-1]
             if keep:
                 kept.append(activated if activation.keeps_output else before)
-            output = products.rows(activated, weight2[expert], bias2[expert])
-            y.index_add_(0, token, output.to(y.dtype).mul_(gate_N[rows, None]))
+            output = products.rows(activated, weight2[expert], bias2[expert])[:n]
+            y.index_add_(0, token[:n], output.to(y.dtype).mul_(gate_N[rows, None]))
         if keep:
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
             ctx.dispatch, ctx.products, ctx.activation, ctx.gate_shape = dispatch, products, activation, gate.shape
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, gate_N, weight1, weight2, bias2, *kept = ctx.saved_tensors
         runs, products = _runs(ctx.dispatch), ctx.products
@@ -76,7 +78,8 @@ class _ExpertRuns(torch.autograd.Function):
         dweight1, dweight2 = room_like(weight1), room_like(weight2)
         dbias1, dbias2 = weight1.new_empty(len(weight1), weight1.size(2)), torch.empty_like(bias2)
         for place, (rows, expert) in enumerate(runs):
-            token, gate = ctx.dispatch.token[rows], gate_N[rows, None]
+            n, token = rows.stop - rows.start, _padded(ctx.dispatch.token[rows], products, x.dtype)
+            gate = F.pad(gate_N[rows], (0, len(token) - n))[:, None]  # 0: no part in any sum
             activated = kept[place]
             if not ctx.activation.keeps_output:
                 activated = ctx.activation.apply(activated)
@@ -84,8 +87,8 @@ class _ExpertRuns(torch.autograd.Function):
                     activated = activated * masks[place]
             doutput = dy.index_select(0, token)
             dhidden = products.rows(doutput, weight2[expert].t())
-            dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))
-            dgate_N[rows] += doutput @ bias2[expert]
+            dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))[:n]
+            dgate_N[rows] += doutput[:n] @ bias2[expert]
             doutput.mul_(gate)
             products.weight(activated, doutput, out=dweight2[expert])
             torch.sum(doutput, 0, out=dbias2[expert])
@@ -95,13 +98,19 @@ class _ExpertRuns(torch.autograd.Function):
             dhidden = ctx.activation.backward(dhidden, kept[place])
             products.weight(x.index_select(0, token), dhidden, out=dweight1[expert])
             torch.sum(dhidden, 0, out=dbias1[expert])
-            dx.index_add_(0, token, products.rows(dhidden, weight1[expert].t()).to(dx.dtype))
+            dx.index_add_(0, token[:n], products.rows(dhidden, weight1[expert].t())[:n].to(dx.dtype))
         for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
             for gradient in (dweight1, dbias1, dweight2, dbias2):
                 gradient[expert].zero_()  # torch DDP would stop at a missing one
         dgate = torch.empty_like(dgate_N)
         dgate[ctx.dispatch.order] = dgate_N
         return (*(None,) * 4, dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2)
+
+
+def _padded(token: Tensor, products: Type[RunProducts], dtype: torch.dtype) -> Tensor:
+    """The run's tokens, the last of them repeated: a row that the expert computes anyway."""
+    padding = products.padding(len(token), dtype)
+    return torch.cat((token, token[-1:].expand(padding))) if padding else token
 
 
 def _runs(dispatch: Dispatch) -> List[Tuple[slice, int]]:

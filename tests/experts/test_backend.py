@@ -211,6 +211,32 @@ def test_nothing_is_copied_to_the_host(backend, dropping):
         bank("runs", dtype=torch.bfloat16, embed_dim=8).to("meta")(x, index, gate)
 
 
+@EVERY_BACKEND
+def test_differentiated_twice(backend):
+    """Right, or refused: never without its second derivative."""
+    experts = bank(backend)
+    x, gate = torch.randn(5, 4).to(widest(backend)).requires_grad_(), torch.rand(5, 2).to(widest(backend))
+    y = experts(x, INDEX["mixed"], gate).sum()
+    if backend == "loop":
+        assert torch.autograd.grad(y, x, create_graph=True)[0].requires_grad
+    else:
+        with pytest.raises(RuntimeError, match="experts can be differentiated once"):
+            torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_few_sizes_for_onednn():
+    """At most four numbers of rows per power of two, and little added."""
+    filled = {n: n + run_products.OneDNNProducts.padding(n, torch.float32) for n in range(1, 4097)}
+    assert all(n <= total <= max(n + 3, 1.25 * n) for n, total in filled.items())
+    assert len({total for total in filled.values() if total > 16}) == 4 * 8
+    assert run_products.OneDNNProducts.padding(5, torch.float64) == 0
+
+
+def test_grouped_refuses_odd_widths():
+    with pytest.raises(UserError, match="--moe-backend grouped: experts of width 4 and 6, must be multiples of 4"):
+        bank("grouped", ffn_embed_dim=6)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
+
+
 def test_unknown_backend():
     with pytest.raises(UserError, match=r"backend 'fast': choose from auto, runs, onednn, grouped, blocks, loop"):
         ExpertBank(**SIZES, backend="fast")

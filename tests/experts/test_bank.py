@@ -57,6 +57,12 @@ def test_errors(name):
         bank(**{name: 0})
 
 
+@pytest.mark.parametrize("activation, reason", [(torch.nn.PReLU(), "has parameters"), (torch.relu_, "works in place")])
+def test_activations_that_not_every_backend_computes(activation, reason):
+    with pytest.raises(UserError, match=f"activation .*: {reason}"):
+        bank(activation=activation)
+
+
 def test_shared_experts_are_a_sum_of_feed_forwards():
     shared = SharedExperts(3, 4, 5, activation=F.gelu).double()
     x = torch.randn(6, 4).double()

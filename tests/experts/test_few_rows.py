@@ -101,6 +101,18 @@ def test_who_is_served(used, monkeypatch):
     assert bank(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)).requires_grad
 
 
+def test_indices(used):
+    """Other integers are left to the other backends; experts that do not exist are not looked for in memory."""
+    bank, x, gate = ExpertBank(**SIZES), torch.randn(4, 37), torch.ones(4, 1)
+    with torch.no_grad():
+        index = torch.randint(5, (4, 1))
+        torch.testing.assert_close(bank(x, index.int(), gate), bank(x, index, gate))
+        assert used == ["runs", "few_rows"]
+        for wrong in (-1, 5, 10**12):
+            with pytest.raises(IndexError, match=rf"expert_index {wrong}: must be in 0 \.\. 4"):
+                bank(x, torch.full((4, 1), wrong), gate)
+
+
 def test_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setattr(few_rows, "native", None)
     monkeypatch.setattr(backends, "_logged", set())
