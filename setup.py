@@ -32,6 +32,11 @@ setup(
         "pyyaml",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scipy", "tensorboardX"]},
+    extras_require={
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "scipy", "tensorboardX"),
+            "triton; sys_platform == 'linux' and python_version >= '3.11'",  # its interpreter needs no GPU
+        ]
+    },
     entry_points={"console_scripts": ["fairseq-hyperrouter = fairseq_hyperrouter.commands:main"]},
 )

@@ -1,4 +1,4 @@
-"""Where stock fairseq needs help on today's Python and PyTorch; public hooks only, no patch."""
+"""Where stock fairseq needs help on today's Python and PyTorch; public hooks only; fairseq is not patched."""
 
 import argparse
 import collections

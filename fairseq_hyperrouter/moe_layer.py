@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
         activation_dropout: probability of dropping a hidden unit of an expert.
         capacity_factor: an expert takes at most ceil(factor * K * T / E) assignments in training.
         shared_experts: how many experts every token goes to beside the chosen ones.
-        backend: what computes the experts: auto, runs, onednn, grouped, blocks or loop; see ``experts/backend.py``.
+        backend: what computes the experts, one of BACKENDS in ``experts/backend.py``, or auto.
         parallel: the workers that the experts are divided over; see ``experts/parallel.py``.
         adapter_dim: width of HyperMoE's adapter of the experts that were not chosen; 0 for none.
         similarity_weight: weight of SimSMoE's penalty in the Routing's loss; 0 for none.

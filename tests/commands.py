@@ -32,7 +32,7 @@ LOG = ["--log-format", "json", "--log-interval", "1"]
 
 def environment():
     """No GPU, one thread, and nothing that hides a fault."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_FORCE")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH_FORCE", "TRITON_"))}
     return {**env, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

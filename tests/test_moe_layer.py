@@ -1,10 +1,12 @@
 import doctest
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 
 from fairseq_hyperrouter import HyperRouter, LinearRouter, MoELayer, UserError, moe_layer
+from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
 from fairseq_hyperrouter.routing import ROUTERS, losses
 from tests import reference
 
@@ -199,6 +201,27 @@ def test_error_of_one_call():
 def test_ffn_embed_dim_error():
     with pytest.raises(UserError, match="ffn_embed_dim 0: must be at least 1"):
         MoELayer(LinearRouter(D, E), 0)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "blocks"])
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("router", sorted({*ROUTERS} - {"base", "expert-choice"}))
+def test_nothing_is_copied_to_the_host(router, capacity_factor, backend, monkeypatch):
+    """Not by the routers either; but base's auction and expert choice with padding ask how many tokens there are.
+
+    Tensors of the device "meta" have no values: whoever asks for one, as a copy from a GPU would, fails.
+    """
+    if backend == "grouped" and not HAS_GROUPED_MM:
+        pytest.skip("this torch has no grouped_mm")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know the device
+    options = {"hash": {"vocabulary": 9}, "stable": {"vocabulary": 9, "stage1_updates": 5}}.get(router, {})
+    chooser = ROUTERS[router](8, 4, **options)
+    layer = MoELayer(chooser, 16, capacity_factor=capacity_factor, backend=backend).to("meta", torch.bfloat16)
+    x = torch.empty(20, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    padding, ids = (torch.empty(20, device="meta", dtype=dtype) for dtype in (torch.bool, torch.long))
+    y, routing = layer(x, top_k=chooser.trains_with or 2, padding_mask=padding, token_ids=ids)
+    (y.float().sum() + losses.balance_loss(routing)).backward()
+    assert x.grad.shape == x.shape and layer.experts.weight1.grad.shape == layer.experts.weight1.shape
 
 
 def test_docstring_example():

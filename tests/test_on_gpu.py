@@ -11,12 +11,12 @@ import torch
 
 from fairseq_hyperrouter import HyperRouter, LinearRouter, MoELayer
 from fairseq_hyperrouter.experts import ExpertBank
-from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
+from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM, HAS_TRITON
 from tests.commands import REPO, eval_arguments, train_arguments
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-BACKENDS = ["blocks", "loop", *(["grouped"] if HAS_GROUPED_MM else [])]
+BACKENDS = ["blocks", "loop", *["grouped"] * HAS_GROUPED_MM, *["triton"] * HAS_TRITON]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -35,7 +35,7 @@ QUICK = (Shape("a small one", 64, 16, 32, 4, (1, 2)),)
 OTHERS = ("raw grouped_mm", "Hugging Face, grouped_mm", "padded bmm", "loop over a ModuleList")
 LAYERS: Dict[str, Builder] = {
     OURS: Ours,
-    f"{OURS}, blocks": partial(Ours, backend="blocks"),
+    **{f"{OURS}, {backend}": partial(Ours, backend=backend) for backend in ("blocks", "triton")},
     **{name: PEERS[name] for name in OTHERS},
 }
 GRAPHED = ", CUDA graph"

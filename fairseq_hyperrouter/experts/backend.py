@@ -1,6 +1,8 @@
 """Which of the implementations computes the experts: the one seam between them and the rest of the package."""
 
 import logging
+import os
+from importlib import metadata
 from typing import Callable, Dict, Optional, Set, Tuple
 
 import torch
@@ -10,7 +12,7 @@ from fairseq_hyperrouter.errors import UserError
 
 from .dispatch import Dispatch, order_by_expert
 from .few_rows import expert_few_rows, serves
-from .grouped import expert_blocks, expert_grouped
+from .grouped import expert_blocks, expert_grouped, expert_triton
 from .loop import expert_loop
 from .run_products import has_onednn, onednn_is_faster
 from .runs import expert_onednn, expert_runs
@@ -26,12 +28,14 @@ BACKENDS: Dict[str, Backend] = {
     "onednn": expert_onednn,
     "grouped": expert_grouped,
     "blocks": expert_blocks,
+    "triton": expert_triton,
     "loop": expert_loop,
 }
 AUTO = "auto"
 ONEDNN_PAYS = 2**22
-"""Multiply-adds per expert: a call of oneDNN costs more than one of torch."""
+"""Multiply-adds per expert and product from which oneDNN is faster: a call of it costs more than one of torch."""
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
+HAS_TRITON = any(int(package.version.split(".")[0]) >= 3 for package in metadata.distributions(name="triton"))
 
 
 def check_backend(option: str, name: str) -> None:
@@ -40,6 +44,8 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} {name!r}: choose from {', '.join((AUTO, *BACKENDS))}")
     if name == "grouped" and not HAS_GROUPED_MM:
         raise UserError(f"{option} grouped: needs torch 2.10 or later, for grouped_mm; this is {torch.__version__}")
+    if name == "triton" and not HAS_TRITON:
+        raise UserError(f"{option} triton: needs the package triton, version 3, which comes with PyTorch for GPUs")
     if name == "onednn" and not has_onednn():
         raise UserError(f"{option} onednn: this torch ({torch.__version__}) was built without oneDNN")
 
@@ -69,15 +75,13 @@ def compute_ordered(
 ) -> Tensor:
     """The same where the assignments have been ordered by expert."""
     chosen = _fastest(x, dispatch, weights) if name == AUTO else name
-    if chosen == "grouped" and not _aligned(x, weights):
-        sizes = " and ".join(map(str, weights.weight1.shape[1:]))
-        raise UserError(f"--moe-backend grouped: experts of width {sizes}, must be multiples of {16 // x.itemsize}")
+    _check_inputs(chosen, x, weights)
     _log_once(chosen, x)
     return BACKENDS[chosen](x, dispatch, gate, weights, hidden)
 
 
 def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
-    can_group = _aligned(x, weights) and HAS_GROUPED_MM and x.dtype in (torch.float32, torch.bfloat16)
+    can_group = _aligned(x, weights) and HAS_GROUPED_MM
     if x.device.type == "cpu":
         each = dispatch.order.numel() * weights.weight1[0].numel() / dispatch.ends.numel()
         return "onednn" if x.dtype == torch.float32 and onednn_is_faster() and each >= ONEDNN_PAYS else "runs"
@@ -86,6 +90,16 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.
     fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     return "grouped" if fast and can_group else "blocks"
+
+
+def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:
+    if name == "grouped" and not _aligned(x, weights):
+        sizes = " and ".join(map(str, weights.weight1.shape[1:]))
+        raise UserError(f"--moe-backend grouped: experts of width {sizes}, must be multiples of {16 // x.itemsize}")
+    if name == "triton" and x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"--moe-backend triton: needs a GPU, and computes on a {x.device.type} here")
+    if name == "triton" and x.dtype == torch.float64:
+        raise UserError("--moe-backend triton: adds up in float32, and gets float64; choose blocks")
 
 
 def _aligned(x: Tensor, weights: ExpertWeights) -> bool:

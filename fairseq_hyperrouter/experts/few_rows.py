@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import with_gradient
-from .weights import ExpertWeights, Hidden, trains
+from .weights import ExpertWeights, Hidden, has_tangents, trains
 
 try:
     from . import _few_rows as native
@@ -38,6 +38,7 @@ def serves(x: Tensor, expert_index: Tensor, gate: Tensor, weights: ExpertWeights
         and (torch.get_num_threads() == 1 or assignments * weight1[0].numel() <= ONE_THREAD)
         and not hidden.dropout
         and not trains(x, gate, *weights)
+        and not has_tangents(x, gate, *weights)
         and all(weight.is_contiguous() for weight in weights)
     )
 

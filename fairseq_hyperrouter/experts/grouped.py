@@ -3,9 +3,9 @@
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments.
 
 Sorted rows meet their experts' weights in torch's ``grouped_mm`` where that is fast, and everywhere else in batched
-products of blocks of rows (``grouped_products.py``). Either way the hidden rows are all that is kept and x is gathered
-again, as in ``runs``. Outputs are brought back to their tokens by a gather and a sum over K, not by atomic additions:
-the same numbers at every run.
+products of blocks of rows (``grouped_products.py``), or in kernels of ours (``triton_products.py``). Either way the
+hidden rows are all that is kept and x is gathered again, as in ``runs``. Outputs are brought back to their tokens by a
+gather and a sum over K, not by atomic additions: the same numbers at every run.
 """
 
 from typing import Any, Optional, Tuple
@@ -28,6 +28,13 @@ def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertW
 def expert_blocks(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """The same with batched products of blocks of rows."""
     return _Grouped.apply(dispatch, BlockProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
+
+
+def expert_triton(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """The same with Triton kernels of ours."""
+    from .triton_products import TritonProducts  # takes time, and Triton is not everywhere
+
+    return _Grouped.apply(dispatch, TritonProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _Grouped(torch.autograd.Function):

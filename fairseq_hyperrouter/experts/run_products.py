@@ -59,10 +59,10 @@ class OneDNNProducts(RunProducts):
     def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
         if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
             return RunProducts.weight(a, b, out)
-        a_t = a.t().contiguous()
         step = max(128, ROOM // b.size(1))  # there is no product into *out*: keep what is copied there small
-        for start in range(0, len(a_t), step):
-            out[start : start + step] = _linear(a_t[start : start + step], b.t(), None, "none", [], "")
+        for start in range(0, a.size(1), step):
+            a_t = a[:, start : start + step].t().contiguous()
+            out[start : start + step] = _linear(a_t, b.t(), None, "none", [], "")
 
 
 def has_onednn() -> bool:

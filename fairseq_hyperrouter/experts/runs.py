@@ -72,15 +72,20 @@ class _ExpertRuns(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, gate_N, weight1, weight2, bias2, *kept = ctx.saved_tensors
+        if hasattr(ctx, "maybe_clear_saved_tensors"):  # not in older versions of torch
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained, *kept* has the hidden rows alone now
         runs, products = _runs(ctx.dispatch), ctx.products
         kept, masks = kept[: len(runs)], kept[len(runs) :]
         dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
         dweight1, dweight2 = room_like(weight1), room_like(weight2)
         dbias1, dbias2 = weight1.new_empty(len(weight1), weight1.size(2)), torch.empty_like(bias2)
-        for place, (rows, expert) in enumerate(runs):
+        # A run's hidden rows are freed after it, so the longest, which needs the most room beside them, comes last.
+        for place in sorted(range(len(runs)), key=lambda place: runs[place][0].stop - runs[place][0].start):
+            rows, expert = runs[place]
             n, token = rows.stop - rows.start, _padded(ctx.dispatch.token[rows], products, x.dtype)
             gate = F.pad(gate_N[rows], (0, len(token) - n))[:, None]  # 0: no part in any sum
-            activated = kept[place]
+            hidden_rows, kept[place] = kept[place], None
+            activated = hidden_rows
             if not ctx.activation.keeps_output:
                 activated = ctx.activation.apply(activated)
                 if masks:
@@ -95,7 +100,7 @@ class _ExpertRuns(torch.autograd.Function):
             dhidden.mul_(gate)
             if masks:
                 dhidden.mul_(masks[place])
-            dhidden = ctx.activation.backward(dhidden, kept[place])
+            dhidden = ctx.activation.backward(dhidden, hidden_rows)
             products.weight(x.index_select(0, token), dhidden, out=dweight1[expert])
             torch.sum(dhidden, 0, out=dbias1[expert])
             dx.index_add_(0, token[:n], products.rows(dhidden, weight1[expert].t())[:n].to(dx.dtype))

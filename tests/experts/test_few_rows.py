@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fairseq_hyperrouter.experts import ExpertBank, few_rows
 from fairseq_hyperrouter.experts import backend as backends
@@ -111,6 +112,22 @@ def test_indices(used):
         for wrong in (-1, 5, 10**12):
             with pytest.raises(IndexError, match=rf"expert_index {wrong}: must be in 0 \.\. 4"):
                 bank(x, torch.full((4, 1), wrong), gate)
+
+
+def test_forward_mode_is_left_to_others(used):
+    """``loop`` computes it, the others say that they cannot; here the tangent would get lost."""
+    bank, x, tangent = ExpertBank(**SIZES, backend="loop"), torch.randn(4, 37), torch.randn(4, 37)
+    index, gate = torch.randint(5, (4, 1)), torch.ones(4, 1)
+    with torch.no_grad(), forward_ad.dual_level():
+        exact = forward_ad.unpack_dual(bank(forward_ad.make_dual(x, tangent), index, gate)).tangent
+        small = bank(x + 1e-3 * tangent, index, gate) - bank(x - 1e-3 * tangent, index, gate)
+        torch.testing.assert_close(exact, small / 2e-3, rtol=1e-2, atol=1e-3)
+        bank.backend = "auto"
+        bank(x, index, gate)
+        assert used.pop() == "few_rows"
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            bank(forward_ad.make_dual(x, tangent), index, gate)
+        assert used.pop() == "runs"
 
 
 def test_without_a_compiler(monkeypatch, caplog):
