@@ -3,17 +3,22 @@
 python -m benchmarks.evaluation DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
 """
 
+import argparse
 import logging
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any, List
 
+from fairseq_hyperrouter.analysis.evaluation import Row
 from fairseq_hyperrouter.analysis.sweep import sweep
 
 from .commands import COMMON, EXPERTS, HIDDEN, LAYERS, WIDTH, cpu_seconds, experts
 from .harness import parser, report
 
 TOP_KS = (1, 2, 4, 8, 16)
+BACKENDS = ("auto", "runs")
+"""What is chosen, and torch's products."""
 
 
 def main() -> None:
@@ -21,26 +26,28 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("data", help="folder made by fairseq-preprocess")
     options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
-    options.add_argument("--backend", default="auto", help="--moe-backend (default: %(default)s)")
     args = options.parse_args()
     logging.disable(logging.WARNING)
+    tables, details = {}, {}
+    for backend in BACKENDS:
+        rounds = _measure(args, backend)
+        details[backend] = rounds
+        tables[_title(args, backend)] = _rows(rounds)
+    report("evaluation", tables, details)
+
+
+def _measure(args: argparse.Namespace, backend: str) -> List[List[Row]]:
+    """The rows of the sweep, in every round."""
     with tempfile.TemporaryDirectory() as folder:
         options = [option for option in COMMON if option != "--no-save"]
-        options += [
-            *experts("hyperrouter", 2),
-            "--batch-size",
-            "8",
-            "--save-dir",
-            folder,
-            "--moe-backend",
-            args.backend,
-        ]
-        options += ["--tokens-per-sample", args.tokens_per_sample]
-        cpu_seconds([args.data, *options, "--max-update", "1"])
+        options += [*experts("hyperrouter", 2), "--batch-size", "8", "--tokens-per-sample", args.tokens_per_sample]
+        cpu_seconds([args.data, *options, "--save-dir", folder, "--moe-backend", backend, "--max-update", "1"])
         checkpoint = Path(folder, "checkpoint_last.pt")
-        rounds = [
-            list(sweep([checkpoint], args.data, TOP_KS, batch_size=4, cpu=True)) for _ in range(1 if args.quick else 3)
-        ]
+        rounds = range(1 if args.quick else 3)
+        return [list(sweep([checkpoint], args.data, TOP_KS, batch_size=4, cpu=True)) for _ in rounds]
+
+
+def _rows(rounds: List[List[Row]]) -> List[List[Any]]:
     speed = {
         k: statistics.median(rows[place]["tokens_per_second"] for rows in rounds) for place, k in enumerate(TOP_KS)
     }
@@ -49,10 +56,13 @@ def main() -> None:
     for k in TOP_KS:
         faster, promised = speed[k] / speed[16], flops[16] / flops[k]
         rows.append([k, f"{speed[k]:,.0f}", flops[k] / 1e6, faster, promised, faster / promised])
+    return rows
+
+
+def _title(args: argparse.Namespace, backend: str) -> str:
     symbols = f"{len((Path(args.data) / 'dict.txt').read_text().splitlines())} symbols"
-    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {args.backend}"
-    title = f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
-    report("evaluation", {title: rows}, rounds)
+    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {backend}"
+    return f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 python -m benchmarks.growth [--quick]
 """
 
+from functools import partial
+
 import torch
 
 from .harness import interleaved, medians, parser, report
-from .layer import step
+from .layer import draw, step
 from .peers import Dense, Ours, RawGroupedMM
 
 D, HIDDEN, TOP_K = 256, 512, 2
@@ -22,7 +24,7 @@ def main() -> None:
     layers = {E: {"ours": Ours(D, HIDDEN, E, TOP_K), "raw": RawGroupedMM(D, HIDDEN, E, TOP_K)} for E in EXPERTS}
     steps = {("dense", 0): step(dense, x, dy)}
     steps.update({(name, E): step(layer, x, dy) for E in EXPERTS for name, layer in layers[E].items()})
-    seconds = medians(interleaved(steps, repeats))
+    seconds = medians(interleaved(steps, repeats, renew=partial(draw, x)))
     limit = seconds["dense", 0]
     rows = [["E", "milliseconds", "x dense", "x E = 8", "rows per expert", "raw grouped_mm, x dense"]]
     for E in EXPERTS:

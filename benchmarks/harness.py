@@ -31,12 +31,18 @@ def parser(description: Optional[str]) -> argparse.ArgumentParser:
     return arguments
 
 
-def interleaved(functions: Dict[Any, Callable[[], Any]], repeats: int, number: int = 1) -> Dict[Any, List[float]]:
-    """Seconds of CPU time per call of each function: *repeats* rounds of *number* calls of each, in turns."""
+def interleaved(
+    functions: Dict[Any, Callable[[], Any]], repeats: int, number: int = 1, renew: Callable[[], Any] = lambda: None
+) -> Dict[Any, List[float]]:
+    """Seconds of CPU time per call of each function: *repeats* rounds of *number* calls of each, in turns.
+
+    *renew* is called, and not timed, before every round.
+    """
     seconds: Dict[Any, List[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
+        renew()
         for name, function in functions.items():
             start = time.process_time()
             for _ in range(number):
@@ -75,9 +81,11 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
         "machine": machine(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv[1:])]),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv, sys.argv[1:])]),
     }
     head = "{machine}, Python {python}, {threads} thread(s); `{command}`".format(**made_on)
+    if "--quick" in sys.argv:
+        head += "; a trial, too short for its figures to mean something"
     text = "\n\n".join([head, *(f"{title}\n\n{markdown_table(rows)}" for title, rows in tables.items())])
     print(text)
     RESULTS.mkdir(exist_ok=True)
@@ -88,5 +96,6 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
     print(f"wrote {RESULTS / name}.md and .json")
 
 
-def _argument(value: str) -> str:
-    return "DATA" if Path(value).is_dir() else value  # where it lies on this machine tells nobody anything
+def _argument(before: str, value: str) -> str:
+    """*value*; of a data folder, where it lies on this machine tells nobody anything."""
+    return "DATA" if Path(value).is_dir() and not before.startswith("--") else value
