@@ -210,7 +210,7 @@ class MoEConfig(FairseqDataclass):
         default=AUTO,
         metadata={
             "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs and onednn (CPU), "
-            "grouped (GPU, bfloat16), blocks (GPU, any dtype), loop (plain autograd)"
+            "grouped (GPU, bfloat16), blocks (GPU, any dtype), triton (GPU, never by auto), loop (plain autograd)"
         },
     )
     moe_expert_parallel_size: int = field(
@@ -258,8 +258,8 @@ class MoEConfig(FairseqDataclass):
                 raise UserError(f"--moe-top-k-start {self.moe_top_k_start}: not with a constant schedule")
         if self.moe_top_k_choices is not None and self.moe_top_k_schedule != "elastic":
             raise UserError(f"--moe-top-k-choices {self.moe_top_k_choices}: only with --moe-top-k-schedule elastic")
-        if self.moe_elastic_per == "token" and self.moe_top_k_schedule != "elastic":
-            raise UserError("--moe-elastic-per token: only with --moe-top-k-schedule elastic")
+        if self.moe_elastic_per != "layer" and self.moe_top_k_schedule != "elastic":  # layer is the default
+            raise UserError(f"--moe-elastic-per {self.moe_elastic_per}: only with --moe-top-k-schedule elastic")
         if self.moe_expert_count % self.moe_expert_parallel_size:
             raise UserError(
                 f"--moe-expert-parallel-size {self.moe_expert_parallel_size}: must divide --moe-expert-count "

@@ -44,6 +44,7 @@ BAD = [
     ({"moe_router": "smoe", "moe_hyper_shared": True}, r"--moe-hyper-shared True: means nothing to smoe"),
     ({"moe_router": "hash", "moe_router_jitter": 0.1}, r"--moe-router-jitter 0.1: means nothing to hash"),
     ({"moe_elastic_per": "token"}, r"--moe-elastic-per token: only with --moe-top-k-schedule elastic"),
+    ({"moe_elastic_per": "update"}, r"--moe-elastic-per update: only with --moe-top-k-schedule elastic"),
     ({"moe_router": "switch", "moe_gate_softmax": "sigmoid"}, r"--moe-gate-softmax sigmoid: switch has gates of its"),
     ({"moe_router": "base", "moe_gate_softmax": "all"}, r"--moe-gate-softmax all: base has gates of its own"),
     ({"moe_compete_rate": 0.5}, r"--moe-compete-rate 0.5: means nothing to hyperrouter"),

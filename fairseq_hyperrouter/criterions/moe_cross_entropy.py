@@ -10,11 +10,12 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropy
 from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.routing import ROUTERS
 
 from .auxiliary_loss import AuxiliaryLossConfig, auxiliary_loss
 from .routing_metrics import log_routing, routing_sums
 
-ELASTIC_DISTILL_WEIGHT = 0.5
+ELASTIC_DISTILL_WEIGHT = 1.0
 IGNORED = -100  # the target of padding
 
 Cluster = Tuple[Tensor, Tensor]  # logarithms of probabilities (N, V), targets (N,)
@@ -34,9 +35,9 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
     moe_distill_wt: Optional[float] = field(
         default=None,
         metadata={
-            "help": "teach the model at the schedule's experts per token with what it says at --moe-top-k, computed in "
-            "the same update: the weight of the teacher's words beside the text's, 0 (off) to 1 (default: 0.5 with an "
-            "elastic schedule, else 0)"
+            "help": "teach the model at the schedule's experts per token with what it says at the most that it has, "
+            "computed in the same update: the weight of the teacher's words beside the text's, 0 (off) to 1 "
+            "(default: 1 with an elastic schedule, else 0; not with relu)"
         },
     )
 
@@ -44,6 +45,15 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
         super().check()
         if self.moe_distill_wt is not None and not 0 <= self.moe_distill_wt <= 1:
             raise UserError(f"--moe-distill-wt {self.moe_distill_wt}: must be between 0 and 1")
+
+
+def distill_weight(criterion: Any, model: Any) -> float:
+    """The weight in force: that of the criterion's options, or what is the default for the model's."""
+    given = getattr(criterion, "moe_distill_wt", 0.0)  # another criterion has none
+    if given is not None:
+        return given
+    elastic = getattr(model, "moe_top_k_schedule", "constant") == "elastic"  # a dense model has none
+    return ELASTIC_DISTILL_WEIGHT if elastic and getattr(ROUTERS.get(model.moe_router), "can_distill", False) else 0.0
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
@@ -101,9 +111,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def _distill_weight(self, model: Any) -> float:
-        if self.cfg.moe_distill_wt is not None:
-            return self.cfg.moe_distill_wt
-        return ELASTIC_DISTILL_WEIGHT if model.decoder.schedule.name == "elastic" else 0.0
+        return distill_weight(self.cfg, model.decoder.moe_config)
 
     def _log_probabilities(self, model: Any, net_output: Tuple[Tensor, Any], sample: Dict[str, Any]) -> List[Cluster]:
         """Of all words; or of the head of an adaptive softmax, and of each tail for the tokens whose target is there.

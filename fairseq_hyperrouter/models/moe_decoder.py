@@ -47,7 +47,9 @@ class MoEDecoder(TransformerDecoderBase):
         moe.check(cfg.decoder.layers)
         if parallel is not None and moe.moe_similarity_wt:
             option = f"--moe-similarity-wt {moe.moe_similarity_wt}"
-            raise UserError(f"{option}: not together with --moe-expert-parallel-size, workers compare other pairs")
+            raise UserError(
+                f"{option}: not together with --moe-expert-parallel-size, workers compare other pairs; give 0"
+            )
         if ROUTERS[moe.moe_router].looks_ahead:
             raise UserError(f"--moe-router {moe.moe_router}: looks at later tokens, which a decoder must not")
         scale_fc = utils.safe_getattr(cfg, "scale_fc", False)

@@ -28,7 +28,9 @@ from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.optim import divide_experts
+from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
+from fairseq_hyperrouter.workers import give_up_without_memory
 
 from .moe_decoder import MoEDecoder
 
@@ -58,6 +60,10 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
         if args.decoder_layers_to_keep:
             _keep_layers(args)
+        router = ROUTERS.get(moe.moe_router)  # an unknown one is the decoder's to refuse
+        if router is not None and "moe_router_lr_scale" in router.takes:
+            # Stored numbers are divided by it: what a checkpoint means must not change with a default.
+            args.moe_router_lr_scale = moe.router_lr_scale
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
         # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
@@ -95,6 +101,15 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         if not data_name_or_path.startswith("."):
             check_folders(data_name_or_path)
         return super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock; but with divided experts a worker that is out of memory ends the training."""
+        try:
+            return super().forward(*args, **kwargs)
+        except RuntimeError as error:
+            if self.decoder.parallel is not None:
+                give_up_without_memory(error)
+            raise
 
     def load_state_dict(self, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Stock; a checkpoint of another model is a UserError that names an option and both its values."""

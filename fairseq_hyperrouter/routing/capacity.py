@@ -13,7 +13,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
 
     1. Capacity C = ceil(capacity_factor * N / E), the same for every expert, N the assignments that would be carried
        out: K for every token but padding, and fewer where tokens have fewer than K experts.
-    2. Assignments queue at their expert in the order of the tokens, a token's best expert first.
+    2. Assignments queue at their expert in the order of the tokens, first choices and later ones alike.
        With time-major tokens no token can push out an earlier one, so a causal decoder stays causal.
     3. Those after the first C are not carried out: their entry in ``kept`` is False, the gates of the
        rest are not renormalised, and the dropped token passes through the residual connection only.

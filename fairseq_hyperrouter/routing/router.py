@@ -94,6 +94,7 @@ class Router(nn.Module, ABC):
       and thresholds have no say;
     - ``fixed_gates``: the only ``gate_softmax`` it has;
     - ``elastic_lr_scale``: the ``--moe-router-lr-scale`` that an elastic schedule has by default;
+    - ``can_distill``: a smaller K can learn from a larger one in training (``--moe-distill-wt``);
     - ``takes``: the options that only some routers have and this one reads, with the argument of its constructor that
       each is passed as when it is given.
 
@@ -109,6 +110,7 @@ class Router(nn.Module, ABC):
     learns_from_load = False
     has_loss = False
     own_choice = False
+    can_distill = True
     fixed_gates: Optional[str] = None
     elastic_lr_scale = 1.0
     takes: Mapping[str, str] = {}

@@ -127,7 +127,7 @@ TIED = {**ADAPTIVE, "tie_adaptive_weights": True, "tie_adaptive_proj": True}
 @pytest.mark.parametrize("options", [{}, ADAPTIVE, TIED], ids=["plain", "adaptive", "tied"])
 @pytest.mark.parametrize("weight", [None, 0.0, 0.25, 1.0])
 def test_distillation(weight, options):
-    """(CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2 and its gradients, p_K without; by default at w = 0.5."""
+    """(CE_K + (1 - w) CE_k + w KL(p_K || p_k)) / 2 and its gradients, p_K without; by default at w = 1."""
     model = tiny_model(moe_top_k=4, moe_top_k_schedule="elastic", moe_top_k_choices="1", **options).train()
     sample = tiny_sample()
     loss, _, logged = make_criterion(moe_distill_wt=weight)(model, sample)
@@ -147,7 +147,7 @@ def test_distillation(weight, options):
             ce_student, ce_teacher = ce_student - log_q[place], ce_teacher - log_p[place]
             fixed = log_p.detach()
             divergence = divergence + (fixed.exp() * (fixed - log_q)).sum()
-    w = 0.5 if weight is None else weight
+    w = 1 if weight is None else weight
     expected = (ce_teacher + (1 - w) * ce_student + w * divergence) / 2 if w else ce_student
     expected.backward()
     torch.testing.assert_close(loss, expected)
@@ -164,6 +164,8 @@ def test_no_distillation_elsewhere():
     model = tiny_model(moe_top_k=4, moe_top_k_schedule="elastic").eval()
     loss, _, logged = make_criterion().eval()(model, sample)
     assert torch.equal(loss, logged["loss"])
+    model = tiny_model(moe_top_k=4, moe_top_k_schedule="elastic", moe_router="relu").train()
+    assert make_criterion()._distill_weight(model) == 0
     dense = tiny_model(TransformerLanguageModel).train()
     loss, _, logged = make_criterion(moe_distill_wt=0.5)(dense, sample)
     assert torch.equal(loss, logged["loss"])

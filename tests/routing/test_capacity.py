@@ -63,7 +63,7 @@ def test_causal(drawn, factor, data):
     assert torch.equal(part, whole[:length])
 
 
-def test_queue_is_in_token_order_and_best_expert_first():
+def test_queue_is_in_token_order_whichever_choice_it_is():
     routing = make_routing([[0, 1], [1, 0], [0, 1], [1, 0]], 2)
     assert limit_capacity(routing, 0.5).kept.tolist() == [[True, True], [True, True], [False, False], [False, False]]
 

@@ -31,6 +31,7 @@ class ReluRouter(LinearRouter):
     has_loss = True
     takes = {**LinearRouter.takes, "moe_router_loss_wt": "loss_weight"}
     own_choice = True
+    can_distill = False  # in training it has as many experts at every K
 
     def __init__(self, embed_dim: int, num_experts: int, *, loss_weight: float = START, **options: Any) -> None:
         super().__init__(embed_dim, num_experts, **options)

@@ -22,7 +22,7 @@ class StableRouter(LinearRouter):
 
     1. Stage 1, the first ``stage1_updates``: expert = argmax of z = x W^T + b, gate = sigmoid(z of it). Beside it a
        small router d = words[token] experts^T, words (V, C), experts (E, C), learns to predict the choice.
-       loss = loss_weight (balance + distillation): balance = sum_i (load_i / mean load - 1) mean of i's gates,
+       loss = loss_weight (balance + distillation): balance = sum_i (load_i / mean load - 1) (sum of i's gates) / T,
        distillation = cross entropy of softmax(d) with the choice.
     2. Stage 2: expert = argmax of d, copied into buffers and so frozen; the gate stays sigmoid(z of it). No loss.
 
