@@ -16,7 +16,10 @@ from typing import Any, Iterator, List, Optional, Type
 
 from .errors import UserError, WrongCheckpoint, option_name
 
-_LOST_WORKER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+_LOST_WORKER = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe"),
+    *("Timed out waiting", "NCCL"),
+)
 
 
 def explain(error: BaseException) -> Optional[str]:

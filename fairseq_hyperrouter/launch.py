@@ -32,11 +32,14 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
     if workers < 1:
         raise UserError(f"launch {workers}: must be at least 1 worker")
     command = list(command[1:] if command[0] == "--" else command)
-    given = {option.partition("=")[0].lstrip("-+") for option in command if option[0] in "-+" or "=" in option}
+    name = Path(command[0]).name
+    if name in ("fairseq-generate", "fairseq-interactive"):
+        raise UserError(f"launch {command[0]}: each worker would print the sentences of its share; start one process")
+    given = {option.partition("=")[0].lstrip("-+") for option in command if option[:1] in ("-", "+") or "=" in option}
     for option in sorted(given):
         if option.startswith(("distributed-", "distributed_training.distributed_")):
             raise UserError(f"launch: gives {option} itself, leave it out")
-    shared = worker_options(workers, free_port(), hydra="hydra" in command[0])
+    shared = worker_options(workers, free_port(), hydra="hydra" in name)
     if "ddp-backend" in given:
         at = shared.index("--ddp-backend")
         del shared[at : at + 2]
@@ -49,7 +52,7 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
         before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             for rank, log in enumerate([None, *logs]):
-                arguments = [program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in command[0])]
+                arguments = [program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in name)]
                 processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
             first = _first_failure(processes)
             if first is None:
@@ -89,11 +92,11 @@ def worker_options(workers: int, port: int, hydra: bool = False) -> List[str]:
 
 
 def program(name: str) -> str:
-    """The path of a console command of this environment."""
-    here = Path(sys.executable).with_name(name)
-    if here.exists() or os.sep in name:
-        return str(here if here.exists() else name)
-    raise UserError(f"{name}: no such command beside {sys.executable}")
+    """The path of a console command of this environment, or what *name* is the path of."""
+    path = Path(name) if os.sep in name else Path(sys.executable).parent / name
+    if not path.is_file():
+        raise UserError(f"{name}: no such command beside {sys.executable}")
+    return str(path)
 
 
 def free_port() -> int:

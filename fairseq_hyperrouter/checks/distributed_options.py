@@ -5,11 +5,13 @@ from typing import Any
 import torch
 
 from ..command_line import running_command
+from ..criterions.moe_cross_entropy import distill_weight
 from ..errors import UserError
 from ..routing import ROUTERS
 from ..workers import number_of_workers
 
 OPTION = "--moe-expert-parallel-size"
+PYTORCH_DDP = ("pytorch_ddp", "c10d")
 
 
 def check_workers(cfg: Any) -> None:
@@ -27,17 +29,32 @@ def check_workers(cfg: Any) -> None:
             f"--ddp-backend fully_sharded: not with --moe-router {cfg.model.moe_router}, whose layers share "
             "parameters; choose pytorch_ddp or legacy_ddp"
         )
-    checkpoints = getattr(cfg.model, "checkpoint_activations", False) or getattr(
-        cfg.model, "offload_activations", False
-    )
-    if shares and checkpoints and number_of_workers() > 1 and backend in ("pytorch_ddp", "c10d"):
-        raise UserError(
-            f"--checkpoint-activations: with --moe-router {cfg.model.moe_router}, whose layers share parameters, and "
-            f"several workers give --ddp-backend legacy_ddp, not {backend}"
-        )
+    if number_of_workers() > 1 and backend in PYTORCH_DDP:
+        _check_pytorch_ddp(cfg, shares)
+    layerdrop = getattr(cfg.model, "decoder_layerdrop", 0)
+    if number_of_workers() > 1 and backend == "fully_sharded" and layerdrop:
+        raise UserError(f"--decoder-layerdrop {layerdrop}: not with --ddp-backend fully_sharded; choose legacy_ddp")
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and number_of_workers() > 1 and backend not in ("legacy_ddp", "no_c10d"):
         raise UserError(f"--ddp-backend {backend}: stock fairseq needs GPUs for it; on CPUs choose legacy_ddp")
+
+
+def _check_pytorch_ddp(cfg: Any, layers_share_parameters: bool) -> None:
+    """torch's DDP wants the gradient of every parameter, and once: what computes none or two is refused."""
+    distills = distill_weight(cfg.criterion, cfg.model) > 0
+    layerdrop = getattr(cfg.model, "decoder_layerdrop", 0)
+    if layerdrop and (distills or not cfg.distributed_training.find_unused_parameters):
+        way_out = "" if distills else "add --find-unused-parameters or "
+        raise UserError(f"--decoder-layerdrop {layerdrop}: with several workers {way_out}give --ddp-backend legacy_ddp")
+    if not (getattr(cfg.model, "checkpoint_activations", 0) or getattr(cfg.model, "offload_activations", 0)):
+        return
+    router = getattr(cfg.model, "moe_router", "")
+    for is_given, what in (
+        (layers_share_parameters, f"--moe-router {router}, whose layers share parameters"),
+        (distills, "--moe-distill-wt (by default with an elastic schedule), which computes every batch twice"),
+    ):
+        if is_given:
+            raise UserError(f"--checkpoint-activations: with {what}, several workers need --ddp-backend legacy_ddp")
 
 
 def check_evaluation_workers(task: str) -> None:
@@ -63,7 +80,7 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
     if cfg.model.moe_layers == "none":
         raise UserError(f"{OPTION} {size}: with --moe-layers none there are no experts to divide")
     if workers % size:
-        raise UserError(f"{OPTION} {size}: this training has {workers} workers, must be a multiple")
+        raise UserError(f"{OPTION} {size}: this training has {workers} worker(s), must be a multiple of it")
     training, common = cfg.distributed_training, cfg.common
     keeps_fp16 = common.fp16_no_flatten_grads or common.memory_efficient_fp16
     for is_given, what, way_out in (
@@ -83,6 +100,7 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
             f"--decoder-layerdrop {cfg.model.decoder_layerdrop}",
             "workers would leave out different layers, give 0",
         ),
+        (cfg.model.base_layers > 0, f"--base-layers {cfg.model.base_layers}", "each worker would keep its own, give 0"),
     ):
         if is_given:
             raise UserError(f"{what}: not together with {OPTION} {size}: {way_out}")

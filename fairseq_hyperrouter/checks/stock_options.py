@@ -111,10 +111,13 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
             raise UserError(f"{option}: needs --task hyperrouter")
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
+    distill = getattr(cfg.criterion, "moe_distill_wt", None)
+    if distill and not router.can_distill:
+        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
     stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
     if "moe_stage1_updates" in router.takes:
         if stage1 is None and not updates:
-            raise UserError("--moe-stage1-updates: must be given without --max-update")
+            raise UserError("--moe-stage1-updates: is required when --max-update is not set")
         if stage1 is not None and 0 < updates <= stage1:
             logger.warning(f"--moe-stage1-updates {stage1}: --max-update {updates} ends before the second stage")
 

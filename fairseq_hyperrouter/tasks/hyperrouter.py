@@ -19,7 +19,7 @@ from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
-from fairseq_hyperrouter.workers import number_of_workers
+from fairseq_hyperrouter.workers import give_up_without_memory, number_of_workers
 
 from .epoch_batches import EpochBatches
 from .update_load import UpdateLoad
@@ -65,7 +65,7 @@ class HyperRouterTask(LanguageModelingTask):
             raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
         self.update_load = UpdateLoad()
         self.update_freq: Sequence[int] = (1,)
-        self.builds_for_training = False
+        self.builds_for_training = self.divides_experts = False
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
 
     @classmethod
@@ -94,6 +94,7 @@ class HyperRouterTask(LanguageModelingTask):
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
         model = super().build_model(args, from_checkpoint)
+        self.divides_experts = getattr(model.decoder, "parallel", None) is not None
         if from_checkpoint:  # --valid-top-k is then that of its training
             return model
         if self.valid_top_k and not hasattr(model, "at_top_k"):
@@ -147,9 +148,15 @@ class HyperRouterTask(LanguageModelingTask):
     ) -> Tuple[Any, Any, Dict[str, Any]]:
         if next(p for p in model.parameters() if p.requires_grad).grad is None:  # the first micro-batch
             self.update_load.forget()
-        loss, sample_size, logging_output = super().train_step(
-            {**sample, "is_dummy": ignore_grad}, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-        )
+        sample = {**sample, "is_dummy": ignore_grad}
+        try:
+            loss, sample_size, logging_output = super().train_step(
+                sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            )
+        except RuntimeError as error:
+            if self.divides_experts:
+                give_up_without_memory(error)
+            raise
         logging_output["ncharacters"] = self._count_characters(sample)
         if ignore_grad:  # in the place of a batch that another worker has more; the trainer would count its tokens
             sample_size = sample_size * 0

@@ -114,6 +114,16 @@ def test_goes_on_after_a_kill(file, data, tmp_path, number):
     assert all((models[0][name] == models[1][name]).all() for name in models[0])
 
 
+def test_evaluated_anew_where_it_is_evaluated_otherwise(file, data, tmp_path):
+    out, runs = tmp_path / "out", {"smoe": {"moe-router": "smoe", "max-update": 3}}
+    found = []
+    for changes in ({}, {"at": [1, 2]}, {"at": [1, 2], "evaluation": {"context-window": 8}}):
+        assert experiment(file(runs, **changes), data, out).code == 0
+        found.append(perplexities(out)["smoe"])
+    assert found[0][0] == found[1][0] != found[2][0] and found[0][1] != found[1][1]
+    assert (out / "smoe-seed1" / "train.log").read_text().count("done training") == 1
+
+
 def _heed_interrupts():
     """Where the tests run in a shell's background SIGINT is ignored, by whatever they start too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

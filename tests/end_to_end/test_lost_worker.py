@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from tests.commands import BIN, environment, hydra_arguments, load, run, train_arguments
+from tests.commands import BIN, USER_DIR, environment, hydra_arguments, load, run, train_arguments
 
 OPTIONS = ["--moe-expert-parallel-size", "2", "--save-interval-updates", "1", "--keep-interval-updates", "2"]
 TIMES = 20
@@ -67,6 +67,46 @@ def test_killed_at_random_times(preloaded, data, tmp_path):
     assert resumes_at(tmp_path) == newest(tmp_path) == saved + 2
 
 
+OUT_OF_MEMORY = """
+import torch.distributed as dist
+from torch import nn
+import fairseq_hyperrouter
+from fairseq_hyperrouter import MoELayer
+from fairseq_hyperrouter.models import *
+
+stock = MoELayer.forward
+
+def fail(*_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+def forward(self, x, *, update=0, **options):
+    y, routing = stock(self, x, update=update, **options)
+    if dist.get_rank() == 1 and self.training == {training} and (update == 2 or not self.training):
+        {fails}
+    return y, routing
+
+MoELayer.forward = forward
+"""
+
+
+@pytest.mark.parametrize(
+    "training, fails", [(True, "fail()"), (True, "y.register_hook(fail)"), (False, "fail()")], ids=str
+)
+def test_a_worker_out_of_memory_ends_all(preloaded, data, tmp_path, training, fails):
+    """In a forward pass, a backward pass and a validation: fairseq would go on with the next batch on that worker."""
+    plugin = tmp_path / "out_of_memory"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(OUT_OF_MEMORY.format(training=training, fails=fails))
+    options = ["--moe-expert-parallel-size", "2", "--max-update", "9", "--validate-interval-updates", "2"]
+    arguments = train_arguments(data, tmp_path, *options, "--user-dir", plugin, validate=True)
+    workers = preloaded.start_workers(2, "fairseq-train", *arguments)
+    results = [preloaded.wait(process) for process in workers]
+    assert [result.code for result in results] == [1, 1], [result.log[-1500:] for result in results]
+    said = "a worker is out of memory, give less (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    assert results[1].last_line.endswith(f"--batch-size or --max-tokens: {said}")
+    assert "another worker of this training has ended" in results[0].last_line
+
+
 @pytest.fixture
 def launched(data, tmp_path):
     """Start ``fairseq-hyperrouter launch``; stopped at the end, whatever happens."""
@@ -116,6 +156,21 @@ def test_nothing_stays_behind_when_the_launcher_is_ended(launched, number):
     assert not any(os.path.exists(f"/proc/{child}") for child in children)
 
 
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["fairseq-train", "nowhere", "--user-dir", USER_DIR, "--arch", ""], "ended first, with exit status"),
+        ([""], ": no such command beside"),
+        (["./fairseq-train"], "./fairseq-train: no such command beside"),
+        ([BIN / "fairseq-generate", "DATA"], "each worker would print the sentences of its share; start one process"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_launched(tmp_path, command, message):
+    result = run("fairseq-hyperrouter", "launch", "2", *command, cwd=tmp_path, check=False)
+    assert result.code and message in result.last_line and "Traceback" not in result.log
+
+
 def test_the_launcher_keeps_the_users_backend(launched):
     log, _ = launched("--ddp-backend", "slowmo", "--max-update", "1").communicate(timeout=120)
     assert "--ddp-backend slowmo: nobody has tried it with experts" in log
@@ -137,7 +192,10 @@ def test_the_launcher_shows_a_mistake(launched):
     process = launched("--moe-expert-parallel-size", "4")
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "fairseq-train: error: --moe-expert-parallel-size 4: this training has 2 workers, must be a multiple" in log
+    assert (
+        "fairseq-train: error: --moe-expert-parallel-size 4: this training has 2 worker(s), must be a multiple of it"
+        in log
+    )
     assert "Traceback" not in log
 
 

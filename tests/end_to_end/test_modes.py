@@ -77,7 +77,7 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
         (["--moe-similarity-wt", "0.1", "--criterion", "cross_entropy"], "--moe-similarity-wt 0.1: needs --criterion"),
         (
             ["--moe-router", "stable", "--moe-top-k", "1", "--max-update", "0", "--max-epoch", "1"],
-            "--moe-stage1-updates: must be given without --max-update",
+            "--moe-stage1-updates: is required when --max-update is not set",
         ),
         (
             ["--moe-router", "switch", "--moe-gate-softmax", "sigmoid"],
@@ -89,6 +89,7 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
         ),
         (["--moe-router-jitter", "1"], "--moe-router-jitter 1.0: must be at least 0 and below 1"),
         (["--moe-loss-free-rate", "-1"], "--moe-loss-free-rate -1.0: must be at least 0"),
+        (["--moe-router", "relu", "--moe-distill-wt", "0.5"], "--moe-distill-wt 0.5: relu trains with as many experts"),
         (["--moe-distill-wt", "2"], "--moe-distill-wt 2.0: must be between 0 and 1"),
         (["--moe-router", "base"], "--moe-top-k 2: base is trained with 1 expert per token"),
         (["--moe-router", "expert-choice"], "--moe-router expert-choice: looks at later tokens"),

@@ -42,6 +42,7 @@ def test_train_resume_and_evaluate(preloaded, data, tmp_path, router):
         assert result.code == 0, result.log[-3000:]
         found[top_k] = float(re.search(r"Loss \(base 2\): ([\d.]+)", result.log)[1])
     assert 4 < min(found.values()) <= max(found.values()) < 7
+    assert found[1] != found[8]
 
 
 @pytest.mark.parametrize("router", [name for name in DECODER_ROUTERS if name not in ("smoe-dropout", "hyperrouter")])
