@@ -31,7 +31,8 @@ CHECKPOINTS = ("last", "best")
 _FILE = {"title", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
 _SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
-"""Options that the runner gives itself."""
+_EVALUATION = {"split", "batch-size", "tokens-per-sample", "context-window"}
+"""Options of fairseq-train that the runner gives itself, and those of the sweep that it does not."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     for run in runs:
         if folders.count(run.folder) > 1:
             raise UserError(f"{path}: runs: {run.name}: another run would have the same folder, {run.folder}")
-    evaluation = {**content.get("evaluation", {}), **chosen.get("evaluation", {})}
+    evaluation: Dict[str, Any] = {}
+    for place, part in (("evaluation", content), (f"settings: {setting}: evaluation", chosen)):
+        own = _checked(path, place, part.get("evaluation") or {})
+        _check_keys(path, place, own, _EVALUATION)
+        evaluation.update(own)
     return Experiment(
         str(content["title"]),
         str(setting),

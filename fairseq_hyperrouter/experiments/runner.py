@@ -22,6 +22,8 @@ from .results import Result, write_results
 
 USER_DIR = Path(__file__).parents[1]
 OPTIONS, LOGGED, SWEEP = "options.json", "logged.json", "sweep.json"
+EVALUATED_BY = ("at", "evaluation", "checkpoint")
+"""What of options.json an evaluation depends on, and a training does not."""
 STARTED, DONE = "# started by fairseq-hyperrouter experiment", "done training in"
 
 
@@ -44,7 +46,7 @@ def run_experiment(
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     for run in experiment.runs:
-        _check_folder(out / run.folder, run, data)
+        _check_folder(out / run.folder, run, experiment, data)
     workers = _Workers(experiment, data, out, threads=max(1, (os.cpu_count() or 1) // jobs), cpu=cpu)
     failures: List[str] = []
     with workers.ended_with_this(), _progress(experiment.runs, out) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -74,9 +76,13 @@ def results(experiment: Experiment, out: Path) -> List[Result]:
     return found
 
 
-def _check_folder(folder: Path, run: Run, data: str) -> None:
-    """Write down the run's options; a UserError where other ones are written down already."""
+def _check_folder(folder: Path, run: Run, experiment: Experiment, data: str) -> None:
+    """Write down the run's options; a UserError where it was trained with others.
+
+    Where it was evaluated otherwise, that result is removed, and the run will be evaluated anew.
+    """
     options = {"data": str(Path(data).resolve()), "at": list(run.at), "arguments": list(run.options)}
+    options.update(evaluation=list(experiment.evaluation), checkpoint=experiment.checkpoint)
     file = folder / OPTIONS
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +92,7 @@ def _check_folder(folder: Path, run: Run, data: str) -> None:
     if before["arguments"] != options["arguments"] or before["data"] != options["data"]:
         changed = sorted(set(_pairs(before)) ^ set(_pairs(options)))
         raise UserError(f"{folder}: holds a run with other options ({', '.join(changed)}): move it, or give --out")
-    if before["at"] != options["at"]:  # evaluated anew
+    if any(before.get(name) != options[name] for name in EVALUATED_BY):
         (folder / SWEEP).unlink(missing_ok=True)
         _write(file, options)
 
@@ -132,8 +138,18 @@ class _Workers:
                         return failure
                 _write(folder / LOGGED, _last_logged(log.read_text(errors="replace")))
             if not (folder / SWEEP).exists():
-                return self._run(run, self._evaluation(run), folder / "sweep.log", lock.fileno())
+                return self._evaluate(run, lock.fileno())
         return ""
+
+    def _evaluate(self, run: Run, lock: int) -> str:
+        """A sweep that was cut short leaves what it had: only a whole one is moved to where it counts."""
+        folder, unfinished = self.out / run.folder, self.out / run.folder / "sweep"
+        failure = self._run(run, self._evaluation(run, unfinished), folder / "sweep.log", lock)
+        if not failure:
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == SWEEP):
+                file.replace(folder / file.name)
+            unfinished.rmdir()
+        return failure
 
     def _training(self, run: Run) -> List[str]:
         device = ["--cpu"] if self.cpu else []
@@ -141,10 +157,9 @@ class _Workers:
         defaults = ["--log-format", "json", "--log-interval", "20", "--no-epoch-checkpoints"]
         return [sys.executable, "-m", "fairseq_cli.train", self.data, *defaults, *run.options, *map(str, given)]
 
-    def _evaluation(self, run: Run) -> List[str]:
-        folder = self.out / run.folder
-        checkpoint = folder / f"checkpoint_{self.experiment.checkpoint}.pt"
-        where = ["--top-k", ",".join(map(str, run.at)), "--out", str(folder), *(["--cpu"] if self.cpu else [])]
+    def _evaluation(self, run: Run, out: Path) -> List[str]:
+        checkpoint = self.out / run.folder / f"checkpoint_{self.experiment.checkpoint}.pt"
+        where = ["--top-k", ",".join(map(str, run.at)), "--out", str(out), *(["--cpu"] if self.cpu else [])]
         command = [sys.executable, "-m", "fairseq_hyperrouter.commands", "sweep", str(checkpoint), self.data]
         return [*command, *where, *self.experiment.evaluation]
 

@@ -61,6 +61,8 @@ def test_as_arguments():
         ({"options": {"lr": [1]}}, r"options: lr: must be one value"),
         ({"options": {}, "settings": {"a": {}}}, r"runs: SMoE: max-update None: must be a number of updates"),
         ({"runs": {"a b": {}, "A-B": {}}}, r"runs: a b: another run would have the same folder, a-b-seed1"),
+        ({"evaluation": {"top-p": 0.5}}, r"evaluation: top-p: no such entry, choose from batch-size, context-window, "),
+        ({"evaluation": [3]}, r"evaluation: must be names with values"),
         ({"settings": {"a": {"sedes": [1]}}}, r"settings: a: sedes: no such entry, choose from data"),
     ],
     ids=str,
