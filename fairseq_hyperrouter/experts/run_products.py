@@ -3,6 +3,7 @@
 Dimensions: n rows of the expert, I and O the sizes of a weight.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
@@ -72,8 +73,17 @@ def has_onednn() -> bool:
 
 @lru_cache(maxsize=None)
 def onednn_is_faster() -> bool:
-    """Whether this is a CPU whose AVX-512 units MKL leaves half idle in float32: one with them that is AMD's."""
+    """Whether MKL, which keeps to AVX2 on CPUs that are not Intel's, leaves half of this one's units idle."""
     capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
     cpuinfo = Path("/proc/cpuinfo")
-    amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
-    return has_onednn() and amd and capability == "AVX512"
+    full_width = cpuinfo.is_file() and has_full_width(cpuinfo.read_text())
+    return has_onednn() and full_width and capability == "AVX512"
+
+
+def has_full_width(cpuinfo: str) -> bool:
+    """Whether /proc/cpuinfo tells of an AMD CPU that is Zen 5 (family 26) or later.
+
+    Zen 4 has AVX-512 too, but computes it in two halves: as fast as AVX2 (docs/performance.md).
+    """
+    family = re.search(r"cpu family\s*:\s*(\d+)", cpuinfo)
+    return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= 26

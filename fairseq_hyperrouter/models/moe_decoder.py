@@ -19,7 +19,7 @@ from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import ROUTERS, Limit, Place, Routing
 
-from .moe_decoder_layer import MoEDecoderLayer
+from .moe_decoder_layer import DecoderLayer, MoEDecoderLayer
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +74,27 @@ class MoEDecoder(TransformerDecoderBase):
         logger.info(f"experts per token: in training {self.schedule}, at inference {at_inference}")
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
+        layer = self._build_layer(cfg, no_encoder_attn)
+        if cfg.checkpoint_activations:
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+    def _build_layer(self, cfg: TransformerConfig, no_encoder_attn: bool) -> nn.Module:
         number = len(self._built)
         if number not in self.moe_numbers:
             self._built.append(None)
-            return super().build_decoder_layer(cfg, no_encoder_attn)
+            return DecoderLayer(cfg, no_encoder_attn)
+        index = self.moe_numbers.index(number)
         place = Place(
             cfg.decoder.embed_dim,
-            index=self.moe_numbers.index(number),
+            index=index,
             count=len(self.moe_numbers),
             lower=[layer.router for layer in self._built if layer is not None],
             vocabulary=len(self.dictionary),
         )
         moe = build_moe_layer(self.moe_config, cfg, number, place, self.parallel)
         self._built.append(moe)
-        layer = MoEDecoderLayer(cfg, moe, self.moe_numbers.index(number), no_encoder_attn)
-        if cfg.checkpoint_activations:
-            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
-        return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+        return MoEDecoderLayer(cfg, moe, index, no_encoder_attn)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called by fairseq's trainer before every update."""

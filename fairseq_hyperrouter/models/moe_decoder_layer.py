@@ -1,4 +1,4 @@
-"""A stock decoder layer whose feed-forward is a MoE layer."""
+"""The layers of our decoder: the stock one with causal attention, and the same with a MoE layer as feed-forward."""
 
 from typing import Any, Optional, Tuple
 
@@ -9,12 +9,27 @@ from torch import Tensor, nn
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Limit, Routing
 
+from .causal_attention import CausalSelfAttention
+
 
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-class MoEDecoderLayer(TransformerDecoderLayerBase):
+class DecoderLayer(TransformerDecoderLayerBase):
+    """The stock layer of a decoder, which does not compute attention that the mask hides."""
+
+    def build_self_attention(self, embed_dim: int, cfg: TransformerConfig, **_: Any) -> nn.Module:
+        return CausalSelfAttention(
+            embed_dim,
+            cfg.decoder.attention_heads,
+            dropout=cfg.attention_dropout,
+            self_attention=True,
+            xformers_att_config=cfg.decoder.xformers_att_config,
+        )
+
+
+class MoEDecoderLayer(DecoderLayer):
     """Attention, residuals and norms are the stock layer's; it returns the Routing beside the stock result.
 
     The stock forward ends in fc2(dropout(activation(fc1(x)))). Here fc1, activation and dropout do nothing

@@ -1,0 +1,54 @@
+"""Self-attention that knows its mask is the causal one."""
+
+from typing import Any, Optional, Tuple
+
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
+from torch import Tensor, nn
+
+
+class CausalSelfAttention(MultiheadAttention):
+    """The stock self-attention of a decoder, which does not compute what the mask hides.
+
+    Stock hands torch the causal mask as T x T numbers like any other: all pairs of tokens are multiplied, and on a GPU
+    flash attention (arXiv 2205.14135), which takes no such mask, is out of reach. Here torch is told that the mask is
+    the causal one, which in a decoder every mask is. Batches with padding, generation and all else that is not plain
+    go the stock way.
+    """
+
+    def forward(
+        self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor], **stock: Any
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Arguments (but by name) and result are the stock method's: query (T, B, D) -> (T, B, D), attention weights.
+
+        There are no weights (None) on the way of our own.
+        """
+        if not self._is_plain(**stock):
+            return super().forward(query, key, value, **stock)
+        T, B, _ = query.shape
+
+        def heads(projection: nn.Module) -> Tensor:
+            """(B, H, T, D / H)"""
+            return projection(query).view(T, B, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+
+        dropped = self.training or self.dropout_module.apply_during_inference
+        y = F.scaled_dot_product_attention(
+            heads(self.q_proj),
+            heads(self.k_proj),
+            heads(self.v_proj),
+            dropout_p=self.dropout_module.p if dropped else 0.0,
+            is_causal=True,
+        )
+        return self.out_proj(y.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)), None
+
+    def _is_plain(
+        self,
+        attn_mask: Optional[Tensor] = None,
+        need_weights: bool = True,
+        need_head_weights: bool = False,
+        key_padding_mask: Optional[Tensor] = None,
+        incremental_state: Optional[Any] = None,
+        **_: Any,
+    ) -> bool:
+        others = (need_weights, need_head_weights, self.use_xformers, self.onnx_trace, self.skip_embed_dim_check)
+        return attn_mask is not None and not any(others) and key_padding_mask is None and incremental_state is None
