@@ -17,31 +17,26 @@ from .commands import COMMON, EXPERTS, HIDDEN, LAYERS, WIDTH, cpu_seconds, exper
 from .harness import parser, report
 
 TOP_KS = (1, 2, 4, 8, 16)
-BACKENDS = ("auto", "runs")
-"""What is chosen, and torch's products."""
 
 
 def main() -> None:
     """Measure, print and write the table."""
     options = parser(__doc__)
     options.add_argument("data", help="folder made by fairseq-preprocess")
+    options.add_argument("--backend", default="auto", help="of the experts (default: %(default)s)")
     options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
     args = options.parse_args()
     logging.disable(logging.WARNING)
-    tables, details = {}, {}
-    for backend in BACKENDS:
-        rounds = _measure(args, backend)
-        details[backend] = rounds
-        tables[_title(args, backend)] = _rows(rounds)
-    report("evaluation", tables, details)
+    rounds = _measure(args)
+    report("evaluation", {_title(args): _rows(rounds)}, rounds)
 
 
-def _measure(args: argparse.Namespace, backend: str) -> List[List[Row]]:
+def _measure(args: argparse.Namespace) -> List[List[Row]]:
     """The rows of the sweep, in every round."""
     with tempfile.TemporaryDirectory() as folder:
         options = [option for option in COMMON if option != "--no-save"]
         options += [*experts("hyperrouter", 2), "--batch-size", "8", "--tokens-per-sample", args.tokens_per_sample]
-        cpu_seconds([args.data, *options, "--save-dir", folder, "--moe-backend", backend, "--max-update", "1"])
+        cpu_seconds([args.data, *options, "--save-dir", folder, "--moe-backend", args.backend, "--max-update", "1"])
         checkpoint = Path(folder, "checkpoint_last.pt")
         rounds = range(1 if args.quick else 3)
         return [list(sweep([checkpoint], args.data, TOP_KS, batch_size=4, cpu=True)) for _ in rounds]
@@ -59,9 +54,9 @@ def _rows(rounds: List[List[Row]]) -> List[List[Any]]:
     return rows
 
 
-def _title(args: argparse.Namespace, backend: str) -> str:
+def _title(args: argparse.Namespace) -> str:
     symbols = f"{len((Path(args.data) / 'dict.txt').read_text().splitlines())} symbols"
-    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {backend}"
+    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {args.backend}"
     return f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
 
 

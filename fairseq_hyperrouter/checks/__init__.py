@@ -2,8 +2,9 @@
 
 data_folder.py           what lies in DATA
 stock_options.py         stock fairseq's own options
+moe_options.py           ours beside the model's, the task's and the criterion's
 distributed_options.py   combinations of workers that cannot work
 checkpoints.py           what lies in the checkpoint folder, and what it was made with
 
-The options of this package check themselves: ``MoEConfig.check`` in config.py.
+What the options of this package say by themselves is checked by ``MoEConfig.check`` in config.py.
 """

@@ -100,6 +100,11 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
             f"--decoder-layerdrop {cfg.model.decoder_layerdrop}",
             "workers would leave out different layers, give 0",
         ),
+        (
+            cfg.model.moe_similarity_wt > 0,
+            f"--moe-similarity-wt {cfg.model.moe_similarity_wt}",
+            "workers would compare other pairs, give 0",
+        ),
         (cfg.model.base_layers > 0, f"--base-layers {cfg.model.base_layers}", "each worker would keep its own, give 0"),
     ):
         if is_given:

@@ -1,18 +1,14 @@
 """Mistakes in stock fairseq's own options that it would answer with a traceback, or not at all."""
 
-import logging
 import re
 from itertools import pairwise
 from typing import Any, Sequence
 
 from ..config import parse_ints
 from ..errors import UserError, option_name
-from ..routing import ROUTERS
 from ..workers import number_of_workers
 from .checkpoints import check_same_model, repair, restored_checkpoint
 from .distributed_options import check_workers
-
-logger = logging.getLogger(__name__)
 
 
 def check_model_options(args: Any, num_symbols: int) -> None:
@@ -91,35 +87,6 @@ def check_training(cfg: Any, top_ks: Sequence[int] = ()) -> None:
         if restored is not None:
             repair(restored)
             check_same_model(restored, cfg.model)
-
-
-def check_routing_parts(cfg: Any, task: Any) -> None:
-    """Raise a UserError where a part of the training that the routers need is missing.
-
-    The criterion must add their losses and log their loads; the task must tell them the loads.
-    """
-    moe, router = cfg.model, ROUTERS.get(cfg.model.moe_router)
-    if router is None:  # the decoder's to refuse
-        return
-    hears_load = moe.moe_loss_free_rate or router.learns_from_load
-    for option, is_needed in (
-        (f"--moe-loss-free-rate {moe.moe_loss_free_rate}", moe.moe_loss_free_rate),
-        (f"--moe-similarity-wt {moe.moe_similarity_wt}", moe.moe_similarity_wt),
-        (f"--moe-router {moe.moe_router}", router.has_loss or router.learns_from_load),
-    ):
-        if is_needed and hears_load and not hasattr(task, "update_load"):
-            raise UserError(f"{option}: needs --task hyperrouter")
-        if is_needed and cfg.criterion._name != "moe_cross_entropy":
-            raise UserError(f"{option}: needs --criterion moe_cross_entropy")
-    distill = getattr(cfg.criterion, "moe_distill_wt", None)
-    if distill and not router.can_distill:
-        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
-    stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
-    if "moe_stage1_updates" in router.takes:
-        if stage1 is None and not updates:
-            raise UserError("--moe-stage1-updates: is required when --max-update is not set")
-        if stage1 is not None and 0 < updates <= stage1:
-            logger.warning(f"--moe-stage1-updates {stage1}: --max-update {updates} ends before the second stage")
 
 
 def _check_trainer(cfg: Any) -> None:

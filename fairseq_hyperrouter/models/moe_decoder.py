@@ -14,7 +14,6 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.config import MoEConfig, TopK, parse_top_k, top_k_per_layer
-from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import ROUTERS, Limit, Place, Routing
@@ -45,18 +44,6 @@ class MoEDecoder(TransformerDecoderBase):
         parallel: Optional[ExpertParallel] = None,
     ) -> None:
         moe.check(cfg.decoder.layers)
-        if parallel is not None and moe.moe_similarity_wt:
-            option = f"--moe-similarity-wt {moe.moe_similarity_wt}"
-            raise UserError(
-                f"{option}: not together with --moe-expert-parallel-size, workers compare other pairs; give 0"
-            )
-        if ROUTERS[moe.moe_router].looks_ahead:
-            raise UserError(f"--moe-router {moe.moe_router}: looks at later tokens, which a decoder must not")
-        scale_fc = utils.safe_getattr(cfg, "scale_fc", False)
-        noise = (("--quant-noise-pq", cfg.quant_noise.pq), ("--quant-noise-scalar", cfg.quant_noise.scalar))
-        for option, value in (("--scale-fc", scale_fc), *noise):
-            if value:
-                raise UserError(f"{option} {value}: does not reach inside experts, leave it out")
         # nn.Module's constructor has not run yet: plain attributes only.
         self.moe_config = moe
         self.parallel = parallel
@@ -70,8 +57,9 @@ class MoEDecoder(TransformerDecoderBase):
         self.eval_limit = Limit(moe.moe_eval_threshold, moe.moe_eval_top_p)
         self.num_updates = 0
         self._at_largest = False
-        at_inference = f"{self._eval_text()} of {moe.moe_expert_count}"
-        logger.info(f"experts per token: in training {self.schedule}, at inference {at_inference}")
+        if self.moe_numbers:
+            at_inference = f"{self._eval_text()} of {moe.moe_expert_count}"
+            logger.info(f"experts per token: in training {self.schedule}, at inference {at_inference}")
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         layer = self._build_layer(cfg, no_encoder_attn)

@@ -21,7 +21,8 @@ from fairseq.utils import safe_getattr
 from fairseq_hyperrouter.checks.checkpoints import check_readable, shape_difference, whole_tensors
 from fairseq_hyperrouter.checks.data_folder import check_folders
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers, check_expert_parallel
-from fairseq_hyperrouter.checks.stock_options import check_model_options, check_routing_parts, check_training
+from fairseq_hyperrouter.checks.moe_options import check_decoder, check_routing_parts, warn_of_untaught_routers
+from fairseq_hyperrouter.checks.stock_options import check_model_options, check_training
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
@@ -79,6 +80,8 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             model.decoder.embed_tokens,
             parallel=ExpertParallel(moe.moe_expert_parallel_size) if divides else None,
         )
+        if is_training:
+            warn_of_untaught_routers(model)
         if divides:
             divide_experts(args._get_parent(), model)
         if is_training and moe.moe_upcycle_from is not None and check_upcycling(args._get_parent()):
@@ -151,6 +154,7 @@ def _is_training(task: Any) -> bool:
 def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
     """The MoE options, after a look at all that can be wrong before anything is built."""
     check_model_options(args, len(task.source_dictionary))
+    check_decoder(args)
     if is_training and not hasattr(task, "valid_top_k"):  # our task has done it
         check_training(args._get_parent())
     moe = HyperRouterLanguageModelConfig.from_namespace(args)

@@ -16,7 +16,7 @@ def cfg(monkeypatch):
     monkeypatch.setattr(distributed_options, "number_of_workers", lambda: 4)
     cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig)))
     cfg.model = {"decoder_layerdrop": 0.0, "moe_layers": None, "base_layers": 0, "moe_top_k_schedule": "constant"}
-    cfg.model.moe_router = "smoe"
+    cfg.model.update({"moe_router": "smoe", "moe_similarity_wt": 0.0})
     cfg.criterion = {"moe_distill_wt": None}
     cfg.distributed_training.ddp_backend = "legacy_ddp"
     return cfg
@@ -53,6 +53,7 @@ def test_what_works(cfg):
         ("model.moe_layers", "none", "--moe-expert-parallel-size 2: with --moe-layers none there are no experts"),
         ("model.decoder_layerdrop", 0.1, "--decoder-layerdrop 0.1: not together with"),
         ("model.base_layers", 1, "--base-layers 1: not together with"),
+        ("model.moe_similarity_wt", 0.1, "--moe-similarity-wt 0.1: not together with"),
     ],
 )
 def test_refused_with_divided_experts(cfg, option, value, expected):

@@ -1,0 +1,68 @@
+"""Options of the MoE layers beside those of the rest: stock model, task and criterion.
+
+What the options say by themselves is checked by ``MoEConfig.check`` in config.py.
+"""
+
+import logging
+from typing import Any
+
+from ..errors import UserError, option_name
+from ..routing import ROUTERS, Router
+
+logger = logging.getLogger(__name__)
+
+
+def check_decoder(args: Any) -> None:
+    """Raise a UserError (a ValueError) for what does not go together with MoE layers in a decoder.
+
+    Args:
+        args: the options of the model.
+    """
+    if getattr(ROUTERS.get(args.moe_router), "looks_ahead", False):
+        raise UserError(f"--moe-router {args.moe_router}: looks at later tokens, which a decoder must not")
+    for name in ("scale_fc", "quant_noise_pq", "quant_noise_scalar"):
+        if getattr(args, name, 0):
+            raise UserError(f"{option_name(name)} {getattr(args, name)}: does not reach inside experts, leave it out")
+
+
+def check_routing_parts(cfg: Any, task: Any) -> None:
+    """Raise a UserError where a part of the training that the routers need is missing.
+
+    The criterion must add their losses and log their loads; the task must tell them the loads.
+    """
+    moe, router = cfg.model, ROUTERS.get(cfg.model.moe_router)
+    if router is None:  # the decoder's to refuse
+        return
+    hears_load = moe.moe_loss_free_rate or router.learns_from_load
+    for option, is_needed in (
+        (f"--moe-loss-free-rate {moe.moe_loss_free_rate}", moe.moe_loss_free_rate),
+        (f"--moe-similarity-wt {moe.moe_similarity_wt}", moe.moe_similarity_wt),
+        (f"--moe-router {moe.moe_router}", router.has_loss or router.learns_from_load),
+    ):
+        if is_needed and hears_load and not hasattr(task, "update_load"):
+            raise UserError(f"{option}: needs --task hyperrouter")
+        if is_needed and cfg.criterion._name != "moe_cross_entropy":
+            raise UserError(f"{option}: needs --criterion moe_cross_entropy")
+    distill = getattr(cfg.criterion, "moe_distill_wt", None)
+    if distill and moe.moe_top_k_schedule == "constant":
+        raise UserError(f"--moe-distill-wt {distill}: with a constant k there is nothing larger to learn from; give 0")
+    if distill and not router.can_distill:
+        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
+    stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
+    if "moe_stage1_updates" in router.takes:
+        if stage1 is None and not updates:
+            raise UserError("--moe-stage1-updates: is required when --max-update is not set")
+        if stage1 is not None and 0 < updates <= stage1:
+            logger.warning(f"--moe-stage1-updates {stage1}: --max-update {updates} ends before the second stage")
+
+
+def warn_of_untaught_routers(model: Any) -> None:
+    """Say so where the text can teach trained routers of *model* nothing: a single gate that is always 1."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    trained = any(parameter.requires_grad for router in routers for parameter in router.parameters())
+    untaught = all(router.gates_sum_to_1 and not router.has_loss for router in routers)
+    if model.decoder.schedule.largest == 1 and trained and untaught:
+        logger.warning(
+            "--moe-top-k 1: the only gate is always 1, so no gradient of the text reaches the router; "
+            "--moe-gate-softmax all or sigmoid lets one through"
+        )

@@ -1,0 +1,28 @@
+import pytest
+
+from fairseq_hyperrouter.checks.moe_options import warn_of_untaught_routers
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    "options, warns",
+    [
+        ({"moe_top_k": 1}, True),
+        ({"moe_top_k": 1, "moe_router": "smoe"}, True),
+        ({"moe_top_k": 2}, False),
+        ({"moe_top_k": 1, "moe_gate_softmax": "all"}, False),
+        (
+            {"moe_top_k": 1, "moe_top_k_schedule": "linear", "moe_top_k_start": 2, "moe_top_k_schedule_updates": 9},
+            False,
+        ),
+        ({"moe_router": "switch", "moe_top_k": 1}, False),
+        ({"moe_router": "smoe-dropout", "moe_top_k": 1}, False),  # is not trained at all
+        ({"moe_router": "compete", "moe_top_k": 1}, False),  # has a loss of its own
+        ({"moe_layers": "none", "moe_top_k": 1}, False),
+    ],
+)
+def test_warns_where_a_router_learns_nothing(caplog, options, warns):
+    model = tiny_model(**options)
+    caplog.clear()
+    warn_of_untaught_routers(model)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["--moe-top-k 1"] * warns
