@@ -234,8 +234,8 @@ def build_all(D: int, hidden: int, E: int, K: int) -> Dict[str, nn.Module]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 layer = builder(D, hidden, E, K)
-        except ImportError as error:
-            _note(f"{name}: left out, not installed ({error}); pip install -r benchmarks/requirements.txt")
+        except (ImportError, OSError) as error:  # OSError: something it loads was built for another torch
+            _note(f"{name}: left out, cannot be imported ({error}); pip install -r benchmarks/requirements.txt")
             continue
         if layer is not None:
             layers[name] = layer

@@ -1,5 +1,6 @@
 """Start several workers of one fairseq command on the CPUs of this machine; stock fairseq starts none there."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from .errors import UserError
 
 PATIENCE = 15.0
 """Seconds that workers get to end by themselves after one of them has ended badly."""
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> int:
@@ -24,7 +27,7 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
        the threads, unless OMP_NUM_THREADS says how many.
     2. Show what worker 0 prints; of another, its last words when it was the first to end badly.
     3. When one ends badly, the others lose their connection to it and end too; after *patience* seconds those that
-       have not are stopped.
+       have not are stopped. When this process is killed, Linux ends its workers.
 
     Raises:
         UserError (a ValueError): no worker, or a command that does not exist.
@@ -53,7 +56,15 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
         try:
             for rank, log in enumerate([None, *logs]):
                 arguments = [program(command[0]), *command[1:], *shared, *_rank(rank, "hydra" in name)]
-                processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
+                processes.append(
+                    subprocess.Popen(
+                        arguments,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                        preexec_fn=None if _LIBC is None else _end_with_parent,
+                    )
+                )
             first = _first_failure(processes)
             if first is None:
                 return 0
@@ -67,6 +78,11 @@ def launch(workers: int, command: Sequence[str], patience: float = PATIENCE) -> 
 
 def _end(number: int, _: object) -> None:
     raise SystemExit(128 + number)  # and so stop the workers
+
+
+def _end_with_parent() -> None:
+    """In a worker, before its command: a launcher that is killed cannot stop it any more, the kernel can."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _rank(rank: int, hydra: bool) -> List[str]:

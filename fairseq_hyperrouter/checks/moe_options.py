@@ -43,8 +43,11 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
             raise UserError(f"{option}: needs --task hyperrouter")
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
+    schedule, length = moe.moe_top_k_schedule, moe.moe_top_k_schedule_updates
+    if schedule == "constant" and length not in (0, cfg.optimization.max_update):  # the default
+        raise UserError(f"--moe-top-k-schedule-updates {length}: not with a constant schedule")
     distill = getattr(cfg.criterion, "moe_distill_wt", None)
-    if distill and moe.moe_top_k_schedule == "constant":
+    if distill and schedule == "constant":
         raise UserError(f"--moe-distill-wt {distill}: with a constant k there is nothing larger to learn from; give 0")
     if distill and not router.can_distill:
         raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")

@@ -42,12 +42,19 @@ class AuxiliaryLossConfig(FairseqDataclass):
     )
 
     def check(self) -> None:
-        """Raise a UserError (a ValueError) for a negative weight, or an unknown batch."""
+        """Raise a UserError (a ValueError) for a negative weight, or a batch that is unknown or of no loss."""
         if self.moe_balance_batch not in ("local", "global"):
             raise UserError(f"--moe-balance-batch {self.moe_balance_batch!r}: choose from local, global")
         for name in ("moe_gate_loss_wt", "moe_z_loss_wt", "moe_mi_loss_wt"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: must be at least 0, and finite")
+        if self.moe_balance_batch == "global" and not self.counts_shares:
+            raise UserError("--moe-balance-batch global: means nothing without --moe-gate-loss-wt or --moe-mi-loss-wt")
+
+    @property
+    def counts_shares(self) -> bool:
+        """Whether a loss of the experts' shares of a batch is added."""
+        return self.moe_gate_loss_wt > 0 or self.moe_mi_loss_wt > 0
 
 
 def auxiliary_loss(routings: Routings, sums: Dict[str, Tensor], cfg: AuxiliaryLossConfig) -> Optional[Tensor]:
@@ -58,8 +65,7 @@ def auxiliary_loss(routings: Routings, sums: Dict[str, Tensor], cfg: AuxiliaryLo
             workers are added up, so all must call this together.
     """
     load, probability, tokens = (sums[name] for name in ("moe_load", "moe_probability", "moe_tokens"))
-    balances = cfg.moe_gate_loss_wt > 0 or cfg.moe_mi_loss_wt > 0
-    if balances and cfg.moe_balance_batch == "global" and number_of_workers() > 1:
+    if cfg.counts_shares and cfg.moe_balance_batch == "global" and number_of_workers() > 1:
         load, probability, tokens = (_over_workers(one) for one in (load, probability, tokens))
     share = probability / tokens[:, None].clamp(min=1)
     ran = [(routing, layer) for layer, routing in enumerate(routings) if routing is not None]

@@ -129,12 +129,15 @@ class Router(nn.Module, ABC):
             raise UserError(f"router embed_dim {embed_dim}: must be at least 1")
         if num_experts < 1:
             raise UserError(f"router num_experts {num_experts}: must be at least 1")
-        allowed = GATE_SOFTMAX if self.fixed_gates is None else (self.fixed_gates,)
+        only = self.fixed_gates or (GATE_SOFTMAX[0] if self.own_choice else None)
+        allowed = GATE_SOFTMAX if only is None else (only,)
         gate_softmax = allowed[0] if gate_softmax is None else gate_softmax
         if gate_softmax not in allowed:
             raise UserError(f"gate_softmax {gate_softmax!r}: choose from {', '.join(allowed)}")
         if not 0 <= jitter < 1:
             raise UserError(f"router jitter {jitter}: must be at least 0 and below 1")
+        if jitter and self.ignores_x:
+            raise UserError(f"router jitter {jitter}: means nothing to {type(self).__name__}")
         if not 0 <= loss_free_rate < math.inf:
             raise UserError(f"router loss_free_rate {loss_free_rate}: must be at least 0, and finite")
         self.embed_dim = embed_dim

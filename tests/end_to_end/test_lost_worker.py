@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 
@@ -154,6 +155,19 @@ def test_nothing_stays_behind_when_the_launcher_is_ended(launched, number):
     process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of what is killed")
+def test_nothing_stays_behind_when_the_launcher_is_killed(launched):
+    process = launched(*OPTIONS, "--max-update", "100000")
+    children = training_workers(process)
+    process.kill()
+    process.communicate(timeout=60)  # until all who write to its output have ended
+    assert process.returncode == -signal.SIGKILL
+    until = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,10 @@ def test_adapter_and_similarity(preloaded, data, tmp_path):
         (["--moe-router-dim", "0", "--moe-router", "cosine"], "--moe-router-dim 0: must be at least 1"),
         (["--moe-compete-version", "v3", "--moe-router", "compete"], "--moe-compete-version 'v3': choose from v2, v1"),
         (["--moe-balance-batch", "all"], "--moe-balance-batch 'all': choose from local, global"),
+        (["--moe-balance-batch", "global"], "--moe-balance-batch global: means nothing without --moe-gate-loss-wt or"),
+        (["--moe-top-k-schedule-updates", "9"], "--moe-top-k-schedule-updates 9: not with a constant schedule"),
+        (["--moe-router", "cosine", "--moe-router-lr-scale", "2"], "lr-scale 2.0: means nothing to cosine"),
+        (["--moe-router", "compete", "--moe-gate-softmax", "all"], "softmax all: compete has gates of its own"),
     ],
 )
 def test_mistakes(preloaded, data, options, message):

@@ -167,6 +167,19 @@ def test_loss_free_balancing_is_refused_where_it_would_do_nothing(name):
         ROUTERS[name].from_config(config, Place(8, vocabulary=10))
 
 
+@pytest.mark.parametrize(
+    "name, option, message",
+    [
+        *((name, {"gate_softmax": "all"}, "gate_softmax 'all': choose from") for name in ("hash", "relu", "compete")),
+        ("hash", {"jitter": 0.1}, "router jitter 0.1: means nothing to HashRouter"),
+    ],
+)
+def test_what_means_nothing_to_a_router_is_refused(name, option, message):
+    vocabulary = {"vocabulary": 10} if name == "hash" else {}
+    with pytest.raises(UserError, match=message):
+        ROUTERS[name](8, 4, **vocabulary, **option)
+
+
 @pytest.mark.parametrize("name", ["smoe", "hyperrouter", "noisy-top-k"])
 def test_lr_scale(name):
     """The same router at the start; a step of Adam moves what it computes with ten times as far."""

@@ -41,6 +41,7 @@ class CompeteRouter(LinearRouter):
     """
 
     has_loss = True
+    fixed_gates = "selected"  # as a competition's
     takes = {
         **LinearRouter.takes,
         "moe_router_loss_wt": "loss_weight",

@@ -45,7 +45,7 @@ class NoisyTopKRouter(LinearRouter):
         if not self.training:
             return super().route(x, context)
         clean = self.logits(x, context)
-        size = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + LEAST_NOISE
+        size = F.softplus(F.linear(x, self.noise_weight.to(x.dtype)) * self.lr_scale) + LEAST_NOISE
         noisy = clean + torch.randn_like(clean) * size
         routing = self.choose(noisy, context.top_k)
         counts = context.counts(clean)

@@ -74,8 +74,8 @@ class StableRouter(LinearRouter):
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
         super().reset_parameters(generator)
-        self.words.normal_(0.0, 0.1, generator=generator)
-        self.experts.normal_(0.0, 0.1, generator=generator)
+        for stored in (self.words, self.experts):
+            stored.normal_(0.0, 0.1, generator=generator).div_(self.lr_scale)
         self.is_frozen.fill_(False)
 
     def inference_parameters(self) -> int:
@@ -103,12 +103,17 @@ class StableRouter(LinearRouter):
         if self.training and not self._knows_frozen:
             self._begin_stage2(context.update)
         # where, not if: no look at a value on the GPU
-        words = self.frozen_words[context.token_ids].to(x.dtype)
-        chosen_by = torch.where(self.is_frozen, F.linear(words, self.frozen_experts.to(x.dtype)), logits.detach())
+        frozen = self._distilled(self.frozen_words, self.frozen_experts, context, x.dtype)
+        chosen_by = torch.where(self.is_frozen, frozen, logits.detach())
         expert_index = chosen_by.topk(context.top_k, dim=-1).indices
         gate = self.gates(logits, expert_index)
         loss = self._loss(logits, expert_index, gate, context) if self.training else None
         return Routing(logits, expert_index, gate, loss=loss)
+
+    def _distilled(self, words: Tensor, experts: Tensor, context: RoutingContext, dtype: torch.dtype) -> Tensor:
+        """(T, E) logits d of the small router; both of its factors are stored divided by ``lr_scale``."""
+        logits = F.linear(words[context.token_ids].to(dtype), experts.to(dtype))
+        return logits if self.lr_scale == 1 else logits * self.lr_scale**2
 
     def _loss(self, logits: Tensor, expert_index: Tensor, gate: Tensor, context: RoutingContext) -> Tensor:
         counts = context.counts(logits)
@@ -116,7 +121,7 @@ class StableRouter(LinearRouter):
         load = choice.sum(0)
         of_experts = (choice * logits.sigmoid()).sum(0) / counts.sum().clamp(min=1)
         balance = ((load / load.mean().clamp(min=1e-9) - 1) * of_experts).sum()
-        distilled = F.linear(self.words[context.token_ids].to(logits.dtype), self.experts.to(logits.dtype))
+        distilled = self._distilled(self.words, self.experts, context, logits.dtype)
         per_token = F.cross_entropy(distilled, expert_index[:, 0], reduction="none") * counts[:, 0]
         loss = self.loss_weight * (balance + per_token.sum() / counts.sum().clamp(min=1))
         return torch.where(self.is_frozen, 0.0, loss)

@@ -16,6 +16,18 @@ def test_no_noise_outside_training():
     assert quiet.loss is None and not torch.allclose(noisy.logits, quiet.logits)
 
 
+def test_lr_scale():
+    """Of what is stored divided by it, the same noisy logits."""
+    plain, fast = (NoisyTopKRouter(6, 4, lr_scale=scale) for scale in (1, 10))
+    torch.nn.init.normal_(plain.noise_weight)
+    fast.load_state_dict({name: tensor / 10 for name, tensor in plain.state_dict().items()})
+    found = []
+    for router in (plain, fast):
+        torch.manual_seed(0)
+        found.append(router(torch.randn(30, 6), RoutingContext(2)).logits)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_the_load_is_the_chance_to_be_chosen():
     """Against drawing each expert's noise anew many times, the others' kept."""
     torch.manual_seed(0)

@@ -34,6 +34,18 @@ def test_two_stages():
     assert torch.equal(fresh.eval()(x, context(ids, 0)).expert_index, router.eval()(x, context(ids, 0)).expert_index)
 
 
+def test_lr_scale():
+    """Of what is stored divided by it, the same losses and, in both stages, choices."""
+    plain, fast = (StableRouter(6, 4, vocabulary=9, stage1_updates=1, lr_scale=scale) for scale in (1, 10))
+    stored = {name: value / 10 if value.is_floating_point() else value for name, value in plain.state_dict().items()}
+    fast.load_state_dict(stored)
+    x, ids = torch.randn(40, 6), torch.randint(0, 9, (40,))
+    for update in (0, 1):
+        one, other = (router(x, context(ids, update)) for router in (plain, fast))
+        torch.testing.assert_close(one.loss, other.loss)
+        assert torch.equal(one.expert_index, other.expert_index)
+
+
 def test_distillation_learns_the_choice():
     torch.manual_seed(0)
     router = StableRouter(6, 4, vocabulary=9, stage1_updates=10**6, init_std=1.0)
