@@ -3,7 +3,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
-from fairseq_hyperrouter.models.causal_attention import CausalSelfAttention
+from fairseq_hyperrouter.models.causal_attention import CausalSelfAttention, causal_attention
 
 T, B, D = 9, 3, 16
 FUTURE = torch.full((T, T), float("-inf"), dtype=torch.float64).triu(1)
@@ -41,6 +41,18 @@ def test_equals_stock(stock, ours, attn_mask, padding, need_weights) -> None:
     *result, weights = _with_gradients(ours, x, **options)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     assert (weights is None) == (expected_weights is None)
+
+
+@pytest.mark.parametrize("length", [1, 256, 257, 512, 513])
+def test_every_length(length) -> None:
+    """Against the softmax written out: whole, in pieces of which the last is short, and in full ones."""
+    q, k, v = (torch.randn(2, 3, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    future = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
+    expected = (q @ k.transpose(2, 3) / 2 + future).softmax(-1) @ v
+    found = causal_attention(q, k, v)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    gradients = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected)]
+    torch.testing.assert_close([found, *gradients[0]], [expected, *gradients[1]], rtol=1e-11, atol=1e-11)
 
 
 def test_token_by_token_equals_all_at_once(ours) -> None:
