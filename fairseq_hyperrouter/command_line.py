@@ -20,6 +20,8 @@ _LOST_WORKER = (
     *("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe"),
     *("Timed out waiting", "NCCL"),
 )
+_REFUSALS = (Exception, AssertionError, ImportError, NotImplementedError, ValueError)
+"""What fairseq raises to refuse an option."""
 
 
 def explain(error: BaseException) -> Optional[str]:
@@ -103,6 +105,12 @@ def _explain_stock(error: BaseException) -> Optional[str]:
             "--bf16: with several workers stock fairseq-train takes it for a TPU; "
             "use fairseq-hydra-train with common.bf16=true"
         )
+    if isinstance(error, RuntimeError) and "EADDRINUSE" in text:
+        port = re.search(r"port: (\d+)", text)
+        return (
+            f"another program listens on this training's port{' ' + port[1] if port else ''}: choose another, by "
+            "--distributed-port or in --distributed-init-method"
+        )
     if isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_WORKER):
         return (
             "another worker of this training has ended, or lost its connection; what was saved is in --save-dir, and "
@@ -120,7 +128,7 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         reason = unreadable(path)
         if reason is not None:
             return f"cannot read checkpoint {path}: {reason}"
-    if type(error) in (Exception, AssertionError, NotImplementedError, ValueError) and _said_by_fairseq(error):
+    if type(error) in _REFUSALS and _said_by_fairseq(error):
         return text
     return None
 

@@ -44,7 +44,7 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
     schedule, length = moe.moe_top_k_schedule, moe.moe_top_k_schedule_updates
-    if schedule == "constant" and length not in (0, cfg.optimization.max_update):  # the default
+    if schedule == "constant" and length > 0 and length != cfg.optimization.max_update:  # the default
         raise UserError(f"--moe-top-k-schedule-updates {length}: not with a constant schedule")
     distill = getattr(cfg.criterion, "moe_distill_wt", None)
     if distill and schedule == "constant":

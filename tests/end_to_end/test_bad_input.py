@@ -2,10 +2,12 @@
 
 import re
 import shutil
+import socket
 
 import pytest
 import torch
 
+from fairseq_hyperrouter.launch import worker_options
 from tests.commands import (
     CRITERION,
     LOG,
@@ -106,9 +108,19 @@ TRAINING = {
         ["--task", "language_modeling", "--best-checkpoint-metric", "ppl_k1"],
         ["--best-checkpoint-metric", "ppl_k1", "hyperrouter", "--valid-top-k"],
     ),
+    "what is not installed": (["--optimizer", "cpu_adam"], ["install", "DeepSpeed"]),
     "continue once": (["--continue-once", "nope.pt"], ["nope.pt", "no such file"]),
     "router of a dense model": (["--arch", "transformer_lm", "--valid-top-k", 1], ["--valid-top-k", 1, "no experts"]),
 }
+
+
+def test_a_port_in_use(preloaded, data):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        arguments = train_arguments(data, None, *worker_options(2, port), "--distributed-rank", "0")
+        assert_explained(preloaded.run("fairseq-train", *arguments), port, "--distributed-port")
 
 
 @pytest.mark.parametrize("case", TRAINING)
