@@ -98,4 +98,4 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
 
 def _argument(before: str, value: str) -> str:
     """*value*; of a data folder, where it lies on this machine tells nobody anything."""
-    return "DATA" if Path(value).is_dir() and not before.startswith("--") else value
+    return "DATA" if Path(value).is_dir() and (before == "--quick" or not before.startswith("--")) else value

@@ -128,7 +128,8 @@ def _explain_stock(error: BaseException) -> Optional[str]:
         reason = unreadable(path)
         if reason is not None:
             return f"cannot read checkpoint {path}: {reason}"
-    if type(error) in _REFUSALS and _said_by_fairseq(error):
+    imports = getattr(error, "name", None) is not None  # a module that is broken, not fairseq's "please install"
+    if type(error) in _REFUSALS and not imports and _said_by_fairseq(error):
         return text
     return None
 

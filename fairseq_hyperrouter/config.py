@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import FrozenSet, Optional, Sequence, Tuple, Union
+from typing import Any, FrozenSet, Optional, Sequence, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
@@ -13,6 +13,7 @@ from .routing import ROUTERS, TopKSchedule
 from .routing.router import GATE_SOFTMAX
 
 NO_LAYERS = "none"
+ELASTIC_DISTILL_WEIGHT = 1.0
 TopK = Union[int, Sequence[int]]
 """Experts per token in all MoE layers, or in each."""
 
@@ -41,6 +42,15 @@ def top_k_per_layer(option: str, top_k: TopK, num_experts: int, num_layers: int)
         value = ",".join(map(str, numbers))
         raise UserError(f"{option} {value}: must be one number, or one for each of the {num_layers} MoE layers")
     return numbers * num_layers if len(numbers) == 1 else numbers
+
+
+def distill_weight(criterion: Any, model: Any) -> float:
+    """The weight in force: that of the criterion's options, or else the default that the model's make."""
+    given = getattr(criterion, "moe_distill_wt", 0.0)  # another criterion has none
+    if given is not None:
+        return given
+    elastic = getattr(model, "moe_top_k_schedule", "constant") == "elastic"  # a dense model has none
+    return ELASTIC_DISTILL_WEIGHT if elastic and getattr(ROUTERS.get(model.moe_router), "can_distill", False) else 0.0
 
 
 @dataclass

@@ -111,7 +111,7 @@ def program(name: str) -> str:
     """The path of a console command of this environment, or what *name* is the path of."""
     path = Path(name) if os.sep in name else Path(sys.executable).parent / name
     if not path.is_file():
-        raise UserError(f"{name}: no such command beside {sys.executable}")
+        raise UserError(f"{name}: no such {'file' if os.sep in name else f'command beside {sys.executable}'}")
     return str(path)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..command_line import running_command
-from ..criterions.moe_cross_entropy import distill_weight
+from ..config import distill_weight
 from ..errors import UserError
 from ..routing import ROUTERS
 from ..workers import number_of_workers

@@ -4,8 +4,12 @@ What the options say by themselves is checked by ``MoEConfig.check`` in config.p
 """
 
 import logging
+import os
 from typing import Any
 
+import torch
+
+from ..config import MoEConfig
 from ..errors import UserError, option_name
 from ..routing import ROUTERS, Router
 
@@ -28,7 +32,8 @@ def check_decoder(args: Any) -> None:
 def check_routing_parts(cfg: Any, task: Any) -> None:
     """Raise a UserError where a part of the training that the routers need is missing.
 
-    The criterion must add their losses and log their loads; the task must tell them the loads.
+    The criterion must add their losses and log their loads; the task must tell them the loads. And where an option is
+    about a part of the training that there is not.
     """
     moe, router = cfg.model, ROUTERS.get(cfg.model.moe_router)
     if router is None:  # the decoder's to refuse
@@ -43,20 +48,35 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
             raise UserError(f"{option}: needs --task hyperrouter")
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
-    schedule, length = moe.moe_top_k_schedule, moe.moe_top_k_schedule_updates
-    if schedule == "constant" and length > 0 and length != cfg.optimization.max_update:  # the default
-        raise UserError(f"--moe-top-k-schedule-updates {length}: not with a constant schedule")
-    distill = getattr(cfg.criterion, "moe_distill_wt", None)
-    if distill and schedule == "constant":
-        raise UserError(f"--moe-distill-wt {distill}: with a constant k there is nothing larger to learn from; give 0")
-    if distill and not router.can_distill:
-        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
+    _check_schedule(cfg, MoEConfig.from_namespace(moe))
     stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
     if "moe_stage1_updates" in router.takes:
         if stage1 is None and not updates:
             raise UserError("--moe-stage1-updates: is required when --max-update is not set")
         if stage1 is not None and 0 < updates <= stage1:
             logger.warning(f"--moe-stage1-updates {stage1}: --max-update {updates} ends before the second stage")
+
+
+def _check_schedule(cfg: Any, moe: MoEConfig) -> None:
+    """Options about a k that changes, where it does not."""
+    length = moe.moe_top_k_schedule_updates
+    if length > 0 and length != cfg.optimization.max_update and not moe.schedule.needs_updates:  # max_update: default
+        raise UserError(
+            f"--moe-top-k-schedule-updates {length}: means nothing to {moe.moe_top_k_schedule}; leave it out, "
+            "or give --moe-top-k-schedule linear, cosine, exponential or steps, or --moe-top-k-start with elastic"
+        )
+    distill = getattr(cfg.criterion, "moe_distill_wt", None)
+    if distill and moe.moe_top_k_schedule == "constant":
+        raise UserError(f"--moe-distill-wt {distill}: with a constant k there is nothing larger to learn from; give 0")
+    if distill and not ROUTERS[moe.moe_router].can_distill:
+        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
+
+
+def check_backend_here(cfg: Any) -> None:
+    """Raise a UserError for a backend that has no device here."""
+    on_cpu = cfg.common.cpu or not torch.cuda.is_available()
+    if cfg.model.moe_backend == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("--moe-backend triton: needs a GPU, and this training is on a CPU; choose auto")
 
 
 def warn_of_untaught_routers(model: Any) -> None:

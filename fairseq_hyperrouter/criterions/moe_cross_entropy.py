@@ -9,13 +9,12 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from torch import Tensor
 
+from fairseq_hyperrouter.config import distill_weight
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.routing import ROUTERS
 
 from .auxiliary_loss import AuxiliaryLossConfig, auxiliary_loss
 from .routing_metrics import log_routing, routing_sums
 
-ELASTIC_DISTILL_WEIGHT = 1.0
 IGNORED = -100  # the target of padding
 
 Cluster = Tuple[Tensor, Tensor]  # logarithms of probabilities (N, V), targets (N,)
@@ -45,15 +44,6 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
         super().check()
         if self.moe_distill_wt is not None and not 0 <= self.moe_distill_wt <= 1:
             raise UserError(f"--moe-distill-wt {self.moe_distill_wt}: must be between 0 and 1")
-
-
-def distill_weight(criterion: Any, model: Any) -> float:
-    """The weight in force: that of the criterion's options, or what is the default for the model's."""
-    given = getattr(criterion, "moe_distill_wt", 0.0)  # another criterion has none
-    if given is not None:
-        return given
-    elastic = getattr(model, "moe_top_k_schedule", "constant") == "elastic"  # a dense model has none
-    return ELASTIC_DISTILL_WEIGHT if elastic and getattr(ROUTERS.get(model.moe_router), "can_distill", False) else 0.0
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)

@@ -4,6 +4,8 @@
     metric: perplexity              # or bits_per_character
     at: [1, 2, 4, 8, 16]            # experts per token at inference
     logged: [train_wps]             # more columns, from what the trainings logged last
+    checkpoint: last                # or best: which one is evaluated
+    evaluation: {tokens-per-sample: 128, split: test}   # batch-size, context-window; else as in training
     options: {task: hyperrouter, lr: 0.001, share-decoder-input-output-embed: true, ...}
     runs:
       SMoE: {moe-router: smoe}

@@ -35,7 +35,11 @@ AUTO = "auto"
 ONEDNN_PAYS = 2**22
 """Multiply-adds per expert and product from which oneDNN is faster: a call of it costs more than one of torch."""
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
-HAS_TRITON = any(int(package.version.split(".")[0]) >= 3 for package in metadata.distributions(name="triton"))
+HAS_TRITON = any(
+    int(package.version.split(".")[0]) >= 3
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm")  # of releases, nightly builds, AMD's GPUs
+    for package in metadata.distributions(name=name)
+)
 
 
 def check_backend(option: str, name: str) -> None:

@@ -4,7 +4,7 @@ Dimensions: N rows, E experts, I inputs and O outputs of a weight.
 
 Every program computes one tile of the result. Which rows it belongs to is read on the GPU, from tables that the
 ``Tiles`` of a dispatch hold: no count has to be known on the host, and no row is copied or filled up. Sums are made in
-float32 and in the same order at every run.
+float32, in an order that stays the same in a process (Triton measures, in each, which tiles are fastest).
 """
 
 import os

@@ -32,7 +32,8 @@ class MoEDecoder(TransformerDecoderBase):
     *parallel* the experts are divided over workers.
 
     Raises:
-        UserError (a ValueError): an option that does not fit, by name, value and what is allowed.
+        UserError (a ValueError): an option of *moe* that does not fit, by name, value and what is allowed. What does
+            not fit the rest of a decoder is refused where the model is built (``checks/moe_options.py``).
     """
 
     def __init__(

@@ -17,21 +17,27 @@ from fairseq.models.transformer_lm import (
     TransformerLanguageModelConfig,
 )
 from fairseq.utils import safe_getattr
+from omegaconf import open_dict
 
 from fairseq_hyperrouter.checks.checkpoints import check_readable, shape_difference, whole_tensors
 from fairseq_hyperrouter.checks.data_folder import check_folders
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers, check_expert_parallel
-from fairseq_hyperrouter.checks.moe_options import check_decoder, check_routing_parts, warn_of_untaught_routers
+from fairseq_hyperrouter.checks.moe_options import (
+    check_backend_here,
+    check_decoder,
+    check_routing_parts,
+    warn_of_untaught_routers,
+)
 from fairseq_hyperrouter.checks.stock_options import check_model_options, check_training
 from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
+from fairseq_hyperrouter.experts.backend import AUTO
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
-from fairseq_hyperrouter.workers import give_up_without_memory
 
 from .moe_decoder import MoEDecoder
 
@@ -61,10 +67,6 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
         if args.decoder_layers_to_keep:
             _keep_layers(args)
-        router = ROUTERS.get(moe.moe_router)  # an unknown one is the decoder's to refuse
-        if router is not None and "moe_router_lr_scale" in router.takes:
-            # Stored numbers are divided by it: what a checkpoint means must not change with a default.
-            args.moe_router_lr_scale = moe.router_lr_scale
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
         # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
@@ -82,6 +84,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         )
         if is_training:
             warn_of_untaught_routers(model)
+            _settle(args._get_parent().model, moe)
         if divides:
             divide_experts(args._get_parent(), model)
         if is_training and moe.moe_upcycle_from is not None and check_upcycling(args._get_parent()):
@@ -104,15 +107,6 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         if not data_name_or_path.startswith("."):
             check_folders(data_name_or_path)
         return super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock; but with divided experts a worker that is out of memory ends the training."""
-        try:
-            return super().forward(*args, **kwargs)
-        except RuntimeError as error:
-            if self.decoder.parallel is not None:
-                give_up_without_memory(error)
-            raise
 
     def load_state_dict(self, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Stock; a checkpoint of another model is a UserError that names an option and both its values."""
@@ -151,6 +145,20 @@ def _is_training(task: Any) -> bool:
     return running_command() in TRAINING_COMMANDS  # a stock task does not say
 
 
+def _settle(saved: Any, moe: MoEConfig) -> None:
+    """What the checkpoints of a training shall say of its options.
+
+    Args:
+        saved: the model's part of the config that the trainer saves, of which fairseq may have given us a copy.
+    """
+    router = ROUTERS[moe.moe_router]
+    with open_dict(saved):
+        if "moe_router_lr_scale" in router.takes:
+            # Stored numbers are divided by it: what a checkpoint means must not change with a default.
+            saved.moe_router_lr_scale = moe.router_lr_scale
+        saved.moe_backend = AUTO  # no property of the weights, and perhaps none of the machine that evaluates
+
+
 def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
     """The MoE options, after a look at all that can be wrong before anything is built."""
     check_model_options(args, len(task.source_dictionary))
@@ -160,6 +168,7 @@ def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
     moe = HyperRouterLanguageModelConfig.from_namespace(args)
     if is_training:
         check_routing_parts(args._get_parent(), task)
+        check_backend_here(args._get_parent())
         if moe.moe_expert_parallel_size > 1:
             check_expert_parallel(args._get_parent(), moe.moe_expert_parallel_size)
     return moe

@@ -161,6 +161,8 @@ class Router(nn.Module, ABC):
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
         """The keyword arguments of the constructor; a subclass adds what is not in ``takes``."""
         own = {argument: getattr(config, name) for name, argument in cls.takes.items()}
+        if "moe_router_lr_scale" in cls.takes:
+            own[cls.takes["moe_router_lr_scale"]] = config.router_lr_scale  # whose default depends on the schedule
         return {
             **{argument: value for argument, value in own.items() if value is not None},
             "gate_softmax": cls.fixed_gates or config.moe_gate_softmax,

@@ -19,7 +19,7 @@ from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
-from fairseq_hyperrouter.workers import give_up_without_memory, number_of_workers
+from fairseq_hyperrouter.workers import gives_up_without_memory, number_of_workers
 
 from .epoch_batches import EpochBatches
 from .update_load import UpdateLoad
@@ -149,14 +149,10 @@ class HyperRouterTask(LanguageModelingTask):
         if next(p for p in model.parameters() if p.requires_grad).grad is None:  # the first micro-batch
             self.update_load.forget()
         sample = {**sample, "is_dummy": ignore_grad}
-        try:
+        with gives_up_without_memory(self.divides_experts):
             loss, sample_size, logging_output = super().train_step(
                 sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
             )
-        except RuntimeError as error:
-            if self.divides_experts:
-                give_up_without_memory(error)
-            raise
         logging_output["ncharacters"] = self._count_characters(sample)
         if ignore_grad:  # in the place of a batch that another worker has more; the trainer would count its tokens
             sample_size = sample_size * 0
@@ -173,12 +169,13 @@ class HyperRouterTask(LanguageModelingTask):
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more
             return 0, 0, {"ntokens": 0, "nsentences": 0, "sample_size": 0}
-        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        with gives_up_without_memory(self.divides_experts):
+            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+            for top_k in self.valid_top_k:
+                with model.at_top_k(top_k):
+                    _, _, output = super().valid_step(sample, model, criterion)
+                logging_output[f"loss_k{top_k}"] = output.get("nll_loss", output["loss"])
         logging_output["ncharacters"] = self._count_characters(sample)
-        for top_k in self.valid_top_k:
-            with model.at_top_k(top_k):
-                _, _, output = super().valid_step(sample, model, criterion)
-            logging_output[f"loss_k{top_k}"] = output.get("nll_loss", output["loss"])
         return loss, sample_size, logging_output
 
     def _count_characters(self, sample: Dict[str, Any]) -> Any:

@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
-from fairseq_hyperrouter.checks.moe_options import warn_of_untaught_routers
+from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.checks.moe_options import check_backend_here, warn_of_untaught_routers
 from tests.tiny import tiny_model
 
 
@@ -26,3 +29,14 @@ def test_warns_where_a_router_learns_nothing(caplog, options, warns):
     caplog.clear()
     warn_of_untaught_routers(model)
     assert [record.message.split(":")[0] for record in caplog.records] == ["--moe-top-k 1"] * warns
+
+
+def test_a_backend_without_its_device(monkeypatch):
+    cfg = SimpleNamespace(common=SimpleNamespace(cpu=True), model=SimpleNamespace(moe_backend="triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_backend_here(cfg)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match="--moe-backend triton: needs a GPU, and this training is on a CPU"):
+        check_backend_here(cfg)
+    cfg.model.moe_backend = "runs"
+    check_backend_here(cfg)

@@ -175,7 +175,7 @@ def test_nothing_stays_behind_when_the_launcher_is_killed(launched):
     [
         (["fairseq-train", "nowhere", "--user-dir", USER_DIR, "--arch", ""], "ended first, with exit status"),
         ([""], ": no such command beside"),
-        (["./fairseq-train"], "./fairseq-train: no such command beside"),
+        (["./fairseq-train"], "./fairseq-train: no such file"),
         ([BIN / "fairseq-generate", "DATA"], "each worker would print the sentences of its share; start one process"),
     ],
     ids=str,

@@ -41,6 +41,23 @@ def test_trains_and_leaves_the_frozen_parts_alone(trained, router):
             assert not any(torch.equal(b, a) for b, a in zip(before[name], after[name])), name
 
 
+@pytest.mark.parametrize("size", ["", "_small"])
+def test_what_a_checkpoint_says(tmp_path, data, size):
+    """By what its router's numbers are divided, whatever the default; no backend, which is the machine's."""
+    options = [
+        "--arch",
+        f"transformer_lm_hyperrouter{size}",
+        "--moe-top-k-schedule",
+        "elastic",
+        "--moe-backend",
+        "loop",
+    ]
+    result = train(data, tmp_path, *options, "--max-update", "1")
+    assert "computed by the backend loop" in result.log
+    saved = load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]
+    assert saved["moe_router_lr_scale"] == 10 and saved["moe_backend"] == "auto"
+
+
 def test_validation_at_several_k(tmp_path, data):
     """--valid-top-k, its metrics, --best-checkpoint-metric, epochs and gradient accumulation in one run."""
     options = ["--max-epoch", "1", "--update-freq", "2", "--validate-interval-updates", "8", "--valid-top-k", "1,2,8"]

@@ -116,8 +116,7 @@ class HyperRouter(InferenceCache, Router):
     def options(cls, config: Any, place: Place) -> Dict[str, Any]:
         options = super().options(config, place)
         shared = options.pop("shared") and place.lower
-        options.update(lr_scale=config.router_lr_scale, hypernetwork=place.lower[0].hypernetwork if shared else None)
-        return options
+        return {**options, "hypernetwork": place.lower[0].hypernetwork if shared else None}
 
     @torch.no_grad()
     def reset_parameters(self, generator: Optional[torch.Generator] = None) -> None:
