@@ -56,6 +56,18 @@ def arguments(file, data, out, *more):
     return ["-m", "fairseq_hyperrouter.commands", "experiment", file, "--data", data, "--out", out, "--cpu", *more]
 
 
+@pytest.fixture
+def undisturbed(once, file, data):
+    """Perplexities and the checkpoint of an experiment that nothing ended."""
+
+    def make(folder):
+        assert experiment(file(), data, folder).code == 0
+        return perplexities(folder)
+
+    folder, found = once("undisturbed-experiment", make)
+    return found, folder / "smoe-seed1" / "checkpoint_last.pt"
+
+
 def experiment(*args):
     command, module, *rest = arguments(*args)
     return commands.run(f"{command} {module}", *rest, check=False)
@@ -93,9 +105,9 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
-def test_goes_on_after_a_kill(file, data, tmp_path, number):
+def test_goes_on_after_a_kill(file, data, tmp_path, undisturbed, number):
     """A training that outlives its runner is waited for; the model is that of an experiment nobody disturbed."""
-    path, out, undisturbed = file(), tmp_path / "out", tmp_path / "undisturbed"
+    path, out = file(), tmp_path / "out"
     process = popen(*_split(arguments(path, data, out)), preexec_fn=_heed_interrupts)
     until = time.monotonic() + 60
     while not list((out / "smoe-seed1").glob("checkpoint_1_*.pt")):
@@ -107,10 +119,9 @@ def test_goes_on_after_a_kill(file, data, tmp_path, number):
     assert experiment(path, data, out).code == 0
     log = (out / "smoe-seed1" / "train.log").read_text()
     assert ("Loaded checkpoint" in log) == (number != signal.SIGKILL)
-    assert experiment(path, data, undisturbed).code == 0
-    assert perplexities(out) == perplexities(undisturbed)
-    folders = [folder / "smoe-seed1" / "checkpoint_last.pt" for folder in (out, undisturbed)]
-    models = [load(path)["model"] for path in folders]
+    expected, checkpoint = undisturbed
+    assert perplexities(out) == expected
+    models = [load(path)["model"] for path in (out / "smoe-seed1" / "checkpoint_last.pt", checkpoint)]
     assert all((models[0][name] == models[1][name]).all() for name in models[0])
 
 
