@@ -7,11 +7,12 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.experiments import read_experiment
+from fairseq_hyperrouter.experiments.experiment import read_content
 from fairseq_hyperrouter.routing import ROUTERS
 from tests.commands import REPO, USER_DIR
 
 FILES = sorted(REPO.joinpath("examples").glob("*/*.yaml"))
-SETTINGS = [(file, setting) for file in FILES for setting in yaml.safe_load(file.read_text())["settings"]]
+SETTINGS = [(file, setting) for file in FILES for setting in read_content(file)["settings"]]
 
 
 @pytest.mark.parametrize("file, setting", SETTINGS, ids=lambda value: getattr(value, "stem", value))

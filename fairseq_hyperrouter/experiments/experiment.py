@@ -16,7 +16,8 @@
 
 Options are those of fairseq-train without their dashes: ``true`` gives a flag, ``null`` takes one of the shared ones
 away. A run's go before a setting's, and those before the shared ones. Runs of one ``row`` fill one row of the table
-together, each at its own ``at``.
+together, each at its own ``at``. ``based_on: other.yaml`` takes all but the runs from that file, beside this one, and
+this one says what is more or different.
 """
 
 import re
@@ -30,7 +31,7 @@ from fairseq_hyperrouter.errors import UserError
 
 METRICS = ("perplexity", "bits_per_character", "bits_per_token")
 CHECKPOINTS = ("last", "best")
-_FILE = {"title", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
+_FILE = {"title", "based_on", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
 _SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
 _EVALUATION = {"split", "batch-size", "tokens-per-sample", "context-window"}
@@ -76,12 +77,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     Raises:
         UserError (a ValueError): naming file, place and what is allowed.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"FILE {path}: {error.strerror.lower()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"FILE {path}: is no YAML: {' '.join(str(error).split())}") from None
+    content = read_content(path)
     _check_keys(path, "", content, _FILE, needed=("title", "runs", "settings"))
     settings = _mapping(path, "settings", content["settings"])
     setting = next(iter(settings)) if setting is None else setting
@@ -125,6 +121,42 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         as_arguments(evaluation),
         tuple(runs),
     )
+
+
+def read_content(path: Path) -> Dict[str, Any]:
+    """What the file says, with what it takes from another.
+
+    Raises:
+        UserError (a ValueError): a file that is missing or no YAML, an entry that does not exist.
+    """
+    content = _load(path)
+    if "based_on" not in content:
+        return content
+    base = _load(path.parent / str(content["based_on"]))
+    if "based_on" in base:
+        raise UserError(f"{path}: based_on {content['based_on']}: is itself based on another, name that one")
+    base.pop("runs", None)
+    return _merged(base, content)
+
+
+def _load(path: Path) -> Dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"FILE {path}: {error.strerror.lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"FILE {path}: is no YAML: {' '.join(str(error).split())}") from None
+    _check_keys(path, "", content, _FILE)
+    return content
+
+
+def _merged(base: Dict[str, Any], own: Dict[str, Any]) -> Dict[str, Any]:
+    """*base* with what *own* adds and changes, at every depth."""
+    merged = {**base, **own}
+    for key in base.keys() & own.keys():
+        if isinstance(base[key], dict) and isinstance(own[key], (dict, type(None))):
+            merged[key] = _merged(base[key], own[key] or {})
+    return merged
 
 
 def as_arguments(options: Mapping[str, Any]) -> Tuple[str, ...]:

@@ -89,8 +89,8 @@ def _check_folder(folder: Path, run: Run, experiment: Experiment, data: str) -> 
         _write(file, options)
         return
     before = json.loads(file.read_text())
-    if before["arguments"] != options["arguments"] or before["data"] != options["data"]:
-        changed = sorted(set(_pairs(before)) ^ set(_pairs(options)))
+    changed = sorted(set(_pairs(before)) ^ set(_pairs(options)))
+    if changed:
         raise UserError(f"{folder}: holds a run with other options ({', '.join(changed)}): move it, or give --out")
     if any(before.get(name) != options[name] for name in EVALUATED_BY):
         (folder / SWEEP).unlink(missing_ok=True)

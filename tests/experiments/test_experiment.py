@@ -45,6 +45,32 @@ def test_runs(tmp_path):
     assert [(run.seed, run.updates) for run in large.runs] == [(7, 10), (7, 10)]
 
 
+def test_based_on_another(tmp_path):
+    """All but the runs is the other's, at every depth, where this one does not say otherwise."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(CONTENT, sort_keys=False))
+    path = tmp_path / "some.yaml"
+    own = {"options": {"lr": None, "amp": True}, "settings": {"small": {"seeds": [3]}, "large": None, "huge": None}}
+    based = {"based_on": "base.yaml", "title": "More", "at": [4], "runs": {"one": {}}, **own}
+    path.write_text(yaml.safe_dump(based))
+    small = read_experiment(path)
+    assert (small.title, small.metric, small.data) == ("More", "bits_per_character", "data-bin/small")
+    assert small.evaluation == ("--batch-size", "4")
+    (run,) = small.runs
+    assert (run.name, run.seed, run.at, run.updates) == ("one", 3, (4,), 5)
+    assert run.options == ("--task", "hyperrouter", "--max-update", "5", "--cpu", "--amp")
+    assert [read_experiment(path, setting).runs[0].updates for setting in ("large", "huge")] == [10, 10]
+
+    path.write_text(yaml.safe_dump({**based, "based_on": "some.yaml"}))
+    with pytest.raises(UserError, match=r"some.yaml: based_on some.yaml: is itself based on another"):
+        read_experiment(path)
+    path.write_text(yaml.safe_dump({**based, "based_on": "none.yaml"}))
+    with pytest.raises(UserError, match=r"none.yaml: no such file"):
+        read_experiment(path)
+    path.write_text(yaml.safe_dump({**based, "options": [1]}))
+    with pytest.raises(UserError, match=r"some.yaml: options: must be names with values"):
+        read_experiment(path)
+
+
 def test_as_arguments():
     assert as_arguments({"lr": 0.1, "cpu": True, "bf16": None, "amp": False}) == ("--lr", "0.1", "--cpu")
 
@@ -52,7 +78,7 @@ def test_as_arguments():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"titel": "x"}, r"titel: no such entry, choose from at, checkpoint, evaluation"),
+        ({"titel": "x"}, r"titel: no such entry, choose from at, based_on, checkpoint, evaluation"),
         ({"runs": ["a"]}, r"runs: must be names with values"),
         ({"metric": "loss"}, r"metric loss: choose from perplexity, bits_per_character, bits_per_token"),
         ({"at": 3}, r"at 3: must be a list of whole numbers"),
