@@ -64,7 +64,8 @@ def test_benchmarks_for_a_gpu(data):
     ]
     assert " nan " not in log
     missing = dict(re.findall(r"(fairseq_hyperrouter.*|Hugging Face.*), k = \d, .*: left out, (.*)", log))
-    assert missing.pop(f"{OURS}, triton") == "--moe-backend triton: needs a GPU, and computes on a cpu here"
+    why = missing.pop(f"{OURS}, triton")
+    assert why == "--moe-backend triton: needs a GPU, and computes on a cpu here; choose auto"
     assert missing in ({}, {"Hugging Face, grouped_mm": "No module named 'transformers'"})
 
 

@@ -4,13 +4,13 @@ What the options say by themselves is checked by ``MoEConfig.check`` in config.p
 """
 
 import logging
-import os
 from typing import Any
 
 import torch
 
 from ..config import MoEConfig
 from ..errors import UserError, option_name
+from ..experts.backend import check_device
 from ..routing import ROUTERS, Router
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,8 @@ def _check_schedule(cfg: Any, moe: MoEConfig) -> None:
 
 
 def check_backend_here(cfg: Any) -> None:
-    """Raise a UserError for a backend that has no device here."""
-    on_cpu = cfg.common.cpu or not torch.cuda.is_available()
-    if cfg.model.moe_backend == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("--moe-backend triton: needs a GPU, and this training is on a CPU; choose auto")
+    """Raise a UserError for a backend that cannot compute where this training will."""
+    check_device(cfg.model.moe_backend, "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu")
 
 
 def warn_of_untaught_routers(model: Any) -> None:

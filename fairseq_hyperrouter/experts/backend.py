@@ -54,6 +54,12 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} onednn: this torch ({torch.__version__}) was built without oneDNN")
 
 
+def check_device(name: str, device: str) -> None:
+    """Raise a UserError when the backend *name* cannot compute on a *device*, as in "cpu"."""
+    if name == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"--moe-backend triton: needs a GPU, and computes on a {device} here; choose auto")
+
+
 def compute(
     name: str,
     x: Tensor,
@@ -100,8 +106,7 @@ def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:
     if name == "grouped" and not _aligned(x, weights):
         sizes = " and ".join(map(str, weights.weight1.shape[1:]))
         raise UserError(f"--moe-backend grouped: experts of width {sizes}, must be multiples of {16 // x.itemsize}")
-    if name == "triton" and x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"--moe-backend triton: needs a GPU, and computes on a {x.device.type} here")
+    check_device(name, x.device.type)
     if name == "triton" and x.dtype == torch.float64:
         raise UserError("--moe-backend triton: adds up in float32, and gets float64; choose blocks")
 

@@ -36,7 +36,7 @@ def test_a_backend_without_its_device(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_backend_here(cfg)
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(UserError, match="--moe-backend triton: needs a GPU, and this training is on a CPU"):
+    with pytest.raises(UserError, match="--moe-backend triton: needs a GPU, and computes on a cpu here; choose auto"):
         check_backend_here(cfg)
     cfg.model.moe_backend = "runs"
     check_backend_here(cfg)
