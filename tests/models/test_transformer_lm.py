@@ -99,6 +99,18 @@ def loss_and_gradients(model, seed=3):
 
 
 @pytest.mark.parametrize("router", DECODER_ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_half_precision(router, dtype):
+    """A whole step: the loss is about that in float32, and every gradient is a number."""
+    options = {"moe_router": router, "moe_router_init_std": 0.5}
+    exact, _, _ = loss_and_gradients(tiny_model(**options))
+    loss, _, gradients = loss_and_gradients(tiny_model(**options).to(dtype))
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    for name, gradient in gradients.items():
+        assert gradient is None or (gradient.dtype == dtype and gradient.isfinite().all()), name
+
+
+@pytest.mark.parametrize("router", DECODER_ROUTERS)
 @pytest.mark.parametrize("options", [{}, {"moe_capacity_factor": 0.5, "dropout": 0.1, "offload_activations": True}])
 def test_activation_checkpointing_changes_nothing(router, options):
     # at k = 1 the auxiliary losses are all that gives the router a gradient
