@@ -119,6 +119,21 @@ def test_resume_at_any_number_of_workers(preloaded, data, tmp_path, saved, unint
     assert abs(evaluation_loss(folder / "checkpoint_last.pt") - evaluation_loss(uninterrupted)) < 1e-5
 
 
+@pytest.mark.parametrize("before, after", [(1, 4), (2, 1), (4, 2)])
+def test_moments_are_loaded_bit_for_bit(preloaded, data, tmp_path, saved, before, after):
+    """An update whose betas are 1 up to rounding leaves them as they were saved."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(saved[before], folder)
+    still = ["--optimizer-overrides", f"{{'betas': ({1 - 2**-53!r}, {1 - 2**-53!r})}}", "--max-update", "4"]
+    train(preloaded, after, data, folder, *ADAM, *still, size=WORKERS[after])
+    found, expected = (load(place / "checkpoint_last.pt") for place in (folder, saved[before]))
+    assert found["optimizer_history"][-1]["num_updates"] == 4
+    assert moments(found).keys() == moments(expected).keys()
+    for name, moment in moments(expected).items():
+        is_large = moment.abs() > 1e-6  # beside which a gradient times 2 ** -53 is nothing
+        assert torch.equal(moments(found)[name][is_large], moment[is_large]), name
+
+
 def test_validation_inside_a_training(preloaded, data, tmp_path):
     """The split has 52 samples; two workers get 7 and 6 batches of it, and log what one logs."""
     logged = {}
