@@ -1,8 +1,11 @@
 """Package metadata: the one place for dependencies and entry points. Versions tested together: constraints.txt."""
 
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+
+LINUX = sys.platform.startswith("linux")
 
 setup(
     name="fairseq-hyperrouter",
@@ -14,11 +17,15 @@ setup(
     packages=find_packages(include=["fairseq_hyperrouter", "fairseq_hyperrouter.*"]),
     ext_modules=[
         Extension(
-            "fairseq_hyperrouter.experts._few_rows",
-            ["fairseq_hyperrouter/experts/few_rows.c"],
-            extra_compile_args=["-O3"],
+            f"fairseq_hyperrouter.experts._{name}",
+            [f"fairseq_hyperrouter/experts/{name}.c"],
+            extra_compile_args=["-O3", *["-fopenmp"] * LINUX],
+            # Not linked with an OpenMP: they find that of torch, so that there is one pool of threads; or say at once
+            # that there is none.
+            extra_link_args=["-Wl,-z,now"] * LINUX,
             optional=True,  # without a compiler other backends do the work
         )
+        for name in ("few_rows", "run_products")
     ],
     python_requires=">=3.10",
     install_requires=[

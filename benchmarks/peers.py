@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hyperrouter import LinearRouter, MoELayer
-from fairseq_hyperrouter.experts.run_products import OneDNNProducts, has_onednn
+from fairseq_hyperrouter.experts import ExpertBank
+from fairseq_hyperrouter.experts.run_products import has_native
 
 Builder = Callable[[int, int, int, int], Optional[nn.Module]]
 
@@ -38,28 +39,15 @@ class Dense(nn.Sequential):
         super().__init__(nn.Linear(D, K * hidden), nn.ReLU(), nn.Linear(K * hidden, D))
 
 
-class DenseOneDNN(Dense):
-    """The same through oneDNN, which torch does not take for float32: no peer, but what our backend starts from."""
+class DenseNative(nn.Module):
+    """The same with the products of our backend, as one expert that takes all: no peer, but what ours starts from."""
+
+    def __init__(self, D: int, hidden: int, E: int, K: int) -> None:
+        super().__init__()
+        self.expert = ExpertBank(1, D, K * hidden, backend="native")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FeedForward.apply(x, *(tensor for linear in (self[0], self[2]) for tensor in linear.parameters()))
-
-
-class _FeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        hidden = OneDNNProducts.rows(x, weight1.t(), bias1).relu_()
-        ctx.save_for_backward(x, weight1, hidden, weight2)
-        return OneDNNProducts.rows(hidden, weight2.t(), bias2)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight1, hidden, weight2 = ctx.saved_tensors
-        dweight1, dweight2 = torch.empty_like(weight1), torch.empty_like(weight2)
-        OneDNNProducts.weight(dy, hidden, out=dweight2)
-        dhidden = OneDNNProducts.rows(dy, weight2).mul_(hidden > 0)
-        OneDNNProducts.weight(dhidden, x, out=dweight1)
-        return OneDNNProducts.rows(dhidden, weight1), dweight1, dhidden.sum(0), dweight2, dy.sum(0)
+        return self.expert(x, torch.zeros(len(x), 1, dtype=torch.long), torch.ones(len(x), 1))
 
 
 class _Routed(nn.Module):
@@ -227,8 +215,8 @@ def build_all(D: int, hidden: int, E: int, K: int) -> Dict[str, nn.Module]:
     """Dense, ours, and every peer that is installed and can have this K."""
     layers: Dict[str, nn.Module] = {DENSE: Dense(D, hidden, E, K), OURS: Ours(D, hidden, E, K)}
     layers[f"{OURS}, torch's products"] = Ours(D, hidden, E, K, backend="runs")
-    if has_onednn():
-        layers["dense through oneDNN"] = DenseOneDNN(D, hidden, E, K)
+    if has_native():
+        layers["dense, our products"] = DenseNative(D, hidden, E, K)
     for name, builder in PEERS.items():
         try:
             with warnings.catch_warnings():

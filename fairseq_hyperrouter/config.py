@@ -219,7 +219,7 @@ class MoEConfig(FairseqDataclass):
     moe_backend: str = field(
         default=AUTO,
         metadata={
-            "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs and onednn (CPU), "
+            "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs and native (CPU), "
             "grouped (GPU, bfloat16), blocks (GPU, any dtype), triton (GPU, never by auto), loop (plain autograd)"
         },
     )

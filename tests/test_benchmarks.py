@@ -10,9 +10,9 @@ import torch
 from benchmarks import generation, growth, harness, layer
 from benchmarks.harness import interleaved
 from benchmarks.layer import draw, step
-from benchmarks.peers import OURS, Dense, DenseOneDNN, Ours, RawGroupedMM
+from benchmarks.peers import OURS, Dense, Ours, RawGroupedMM
 from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
-from fairseq_hyperrouter.experts.run_products import has_onednn
+from fairseq_hyperrouter.experts.run_products import has_native
 from tests.commands import REPO, run
 
 
@@ -26,7 +26,7 @@ def test_layer_is_not_far_from_dense():
 
 
 @pytest.mark.skipif(not HAS_GROUPED_MM, reason="this torch has no grouped_mm to compare with")
-@pytest.mark.parametrize("backend", ["runs", *["onednn"] * has_onednn()])
+@pytest.mark.parametrize("backend", ["runs", *["native"] * has_native()])
 @pytest.mark.parametrize("top_k, share", [(1, 1.0), (16, 0.5)])
 def test_peak_memory_beside_grouped_mm(backend, top_k, share):
     """Of texts that differ, so that some experts have many more rows than others."""
@@ -79,15 +79,3 @@ def test_peak_memory_of_known_steps():
         tensors.append(torch.empty(2**20, dtype=torch.uint8))
 
     assert harness.peak_bytes(step, tensors.clear) == 3 * 2**20
-
-
-@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
-def test_dense_through_onednn_computes_the_same():
-    dense, through_onednn = Dense(8, 12, 1, 2), DenseOneDNN(8, 12, 1, 2)
-    through_onednn.load_state_dict(dense.state_dict())
-    x, dy = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8)
-    expected, found = (
-        (module(x), *torch.autograd.grad(module(x), (x, *module.parameters()), dy))
-        for module in (dense, through_onednn)
-    )
-    torch.testing.assert_close(found, expected)

@@ -14,8 +14,8 @@ from .dispatch import Dispatch, order_by_expert
 from .few_rows import expert_few_rows, serves
 from .grouped import expert_blocks, expert_grouped, expert_triton
 from .loop import expert_loop
-from .run_products import has_onednn, onednn_is_faster
-from .runs import expert_onednn, expert_runs
+from .run_products import has_native, native_is_faster
+from .runs import expert_native, expert_runs
 from .weights import ExpertWeights, Hidden
 
 logger = logging.getLogger(__name__)
@@ -25,15 +25,13 @@ Backend = Callable[[Tensor, Dispatch, Tensor, ExpertWeights, Hidden], Tensor]
 
 BACKENDS: Dict[str, Backend] = {
     "runs": expert_runs,
-    "onednn": expert_onednn,
+    "native": expert_native,
     "grouped": expert_grouped,
     "blocks": expert_blocks,
     "triton": expert_triton,
     "loop": expert_loop,
 }
 AUTO = "auto"
-ONEDNN_PAYS = 2**22
-"""Multiply-adds per expert and product from which oneDNN is faster: a call of it costs more than one of torch."""
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 HAS_TRITON = any(
     int(package.version.split(".")[0]) >= 3
@@ -50,8 +48,8 @@ def check_backend(option: str, name: str) -> None:
         raise UserError(f"{option} grouped: needs torch 2.10 or later, for grouped_mm; this is {torch.__version__}")
     if name == "triton" and not HAS_TRITON:
         raise UserError(f"{option} triton: needs the package triton, version 3, which comes with PyTorch for GPUs")
-    if name == "onednn" and not has_onednn():
-        raise UserError(f"{option} onednn: this torch ({torch.__version__}) was built without oneDNN")
+    if name == "native" and not has_native():
+        raise UserError(f"{option} native: needs a processor with AVX-512, and a C compiler when this was installed")
 
 
 def check_device(name: str, device: str) -> None:
@@ -93,8 +91,7 @@ def compute_ordered(
 def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     can_group = _aligned(x, weights) and HAS_GROUPED_MM
     if x.device.type == "cpu":
-        each = dispatch.order.numel() * weights.weight1[0].numel() / dispatch.ends.numel()
-        return "onednn" if x.dtype == torch.float32 and onednn_is_faster() and each >= ONEDNN_PAYS else "runs"
+        return "native" if x.dtype == torch.float32 and native_is_faster() else "runs"
     if x.device.type != "cuda":
         return "loop"
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.

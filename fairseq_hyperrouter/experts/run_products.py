@@ -1,89 +1,174 @@
-"""Products of one expert's rows, on a CPU.
+"""Products of one expert's rows, on a CPU, and what lies between them.
 
-Dimensions: n rows of the expert, I and O the sizes of a weight.
+Dimensions: T tokens, n rows of the expert, I and O the sizes of a weight, D model, F hidden.
 """
 
-import re
-from functools import lru_cache
-from pathlib import Path
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-FEW_ROWS = 4
-ROOM = 2**18  # elements
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+from .weights import sum_dtype
+
+try:
+    from . import _run_products as native
+except ImportError:  # not installed, no compiler, or a processor without AVX-512
+    native = None
 
 
 class RunProducts:
-    """torch's own products."""
+    """With torch's operations."""
 
     @staticmethod
-    def padding(n: int, dtype: torch.dtype) -> int:
-        """How many rows without meaning a run of *n* rows should get."""
-        return 0
+    def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """*a* and *token* as the methods below take them, where they are needed more than once."""
+        return a.index_select(0, token), None
 
     @staticmethod
-    def rows(a: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        """a (n, I), weight (I, O) and bias (O,) -> a weight + bias (n, O)"""
+    def rows(
+        a: Tensor,
+        token: Optional[Tensor],
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        """a[token] weight + bias (n, O).
+
+        Args:
+            a: (T, I), or (n, I) without *token*.
+            token: (n,) which row of *a*.
+            weight: (I, O), or (O, I) if *transposed*.
+        """
+        a = a if token is None else a.index_select(0, token)
+        weight = weight.t() if transposed else weight
         return torch.mm(a, weight) if bias is None else torch.addmm(bias, a, weight)
 
-    @staticmethod
-    def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
-        """a (n, I) and b (n, O) -> out (I, O), a transposed times b"""
-        torch.mm(a.t(), b, out=out)
-
-
-class OneDNNProducts(RunProducts):
-    """Products through oneDNN in float32, for which torch itself takes MKL; torch's for other dtypes and few rows.
-
-    The same operation is what torch.compile takes for a linear layer on a CPU. oneDNN compiles it anew, in 0.3 to 1 ms
-    and 0.7 MB, for every number of rows, and the experts' numbers of rows are others at every step: so runs are filled
-    up to one of four numbers per power of two.
-    """
-
-    @staticmethod
-    def padding(n: int, dtype: torch.dtype) -> int:
-        if dtype != torch.float32 or n <= FEW_ROWS:
-            return 0
-        step = 1 << max(2, n.bit_length() - 3)
-        return -n % step
+    @classmethod
+    def add_rows(
+        cls,
+        y: Tensor,
+        token: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        gate: Optional[Tensor] = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """y[token] += gate (a weight + bias), with y (T, O), a (n, I), gate (n,)."""
+        output = cls.rows(a, None, weight, bias, transposed=transposed).to(y.dtype)
+        y.index_add_(0, token, output if gate is None else output.mul_(gate[:, None]))
 
     @staticmethod
-    def rows(a: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
-            return RunProducts.rows(a, weight, bias)
-        return _linear(a, weight.t(), bias, "none", [], "")
+    def weight(
+        a: Tensor,
+        a_token: Optional[Tensor],
+        b: Tensor,
+        b_token: Optional[Tensor],
+        gate: Optional[Tensor],
+        dweight: Tensor,
+        dbias: Tensor,
+    ) -> None:
+        """dweight (I, O) = a[a_token] transposed times gate b[b_token]; dbias (O,) = the sum of the latter's rows."""
+        a = a if a_token is None else a.index_select(0, a_token)
+        b = b if b_token is None else b.index_select(0, b_token)
+        b = b if gate is None else (b * gate[:, None]).to(b.dtype)
+        torch.mm(a.t(), b, out=dweight)
+        torch.sum(b, 0, out=dbias)
 
     @staticmethod
-    def weight(a: Tensor, b: Tensor, out: Tensor) -> None:
-        if a.dtype != torch.float32 or len(a) <= FEW_ROWS:
-            return RunProducts.weight(a, b, out)
-        step = max(128, ROOM // b.size(1))  # there is no product into *out*: keep what is copied there small
-        for start in range(0, a.size(1), step):
-            a_t = a[:, start : start + step].t().contiguous()
-            out[start : start + step] = _linear(a_t, b.t(), None, "none", [], "")
+    def gates(
+        dhidden: Tensor,
+        activated: Tensor,
+        dy: Tensor,
+        token: Optional[Tensor],
+        bias: Tensor,
+        gate: Tensor,
+        dgate: Tensor,
+    ) -> None:
+        """dgate (n,) = the gates' gradient, dhidden (n, F) . activated + dy[token] . bias; then dhidden *= gate."""
+        dtype, dy = sum_dtype(dhidden), dy if token is None else dy.index_select(0, token)
+        dgate.copy_(torch.linalg.vecdot(dhidden.to(dtype), activated.to(dtype)))
+        dgate += dy @ bias
+        dhidden.mul_(gate[:, None])
 
 
-def has_onednn() -> bool:
-    """Whether torch can call oneDNN on rows and weights as they are."""
-    return _linear is not None
+class NativeProducts(RunProducts):
+    """With C code of ours (run_products.c), in float32: gathering, gates and sums happen on a product's way."""
+
+    @staticmethod
+    def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        return a, token
+
+    @staticmethod
+    def rows(
+        a: Tensor,
+        token: Optional[Tensor],
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        *,
+        transposed: bool = False,
+    ) -> Tensor:
+        n, width = len(a if token is None else token), weight.size(0 if transposed else 1)
+        out = a.new_empty(n, width)
+        sizes = n, a.size(1), width, torch.get_num_threads()
+        native.rows(*map(_address, (a, token, weight)), transposed, *map(_address, (bias, out)), *sizes)
+        return out
+
+    @classmethod
+    def add_rows(
+        cls,
+        y: Tensor,
+        token: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        gate: Optional[Tensor] = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        places = map(_address, (bias, gate, token, y))
+        native.add_rows(
+            _address(a), _address(weight), transposed, *places, *a.shape, y.size(1), torch.get_num_threads()
+        )
+
+    @staticmethod
+    def weight(
+        a: Tensor,
+        a_token: Optional[Tensor],
+        b: Tensor,
+        b_token: Optional[Tensor],
+        gate: Optional[Tensor],
+        dweight: Tensor,
+        dbias: Tensor,
+    ) -> None:
+        places = map(_address, (a, a_token, b, b_token, gate, dweight, dbias))
+        native.weight(*places, len(a if a_token is None else a_token), *dweight.shape, torch.get_num_threads())
+
+    @staticmethod
+    def gates(
+        dhidden: Tensor,
+        activated: Tensor,
+        dy: Tensor,
+        token: Optional[Tensor],
+        bias: Tensor,
+        gate: Tensor,
+        dgate: Tensor,
+    ) -> None:
+        places = map(_address, (dhidden, activated, dy, token, bias, gate, dgate))
+        native.gates(*places, *dhidden.shape, dy.size(1), torch.get_num_threads())
 
 
-@lru_cache(maxsize=None)
-def onednn_is_faster() -> bool:
-    """Whether MKL, which keeps to AVX2 on CPUs that are not Intel's, leaves half of this one's units idle."""
-    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
-    cpuinfo = Path("/proc/cpuinfo")
-    full_width = cpuinfo.is_file() and has_full_width(cpuinfo.read_text())
-    return has_onednn() and full_width and capability == "AVX512"
+def has_native() -> bool:
+    """Whether the C code was compiled and this processor can run it."""
+    return native is not None
 
 
-def has_full_width(cpuinfo: str) -> bool:
-    """Whether /proc/cpuinfo tells of an AMD CPU that is Zen 5 (family 26) or later.
+def native_is_faster() -> bool:
+    """Whether it beats torch's products: where those are MKL's, which leave an AMD's AVX-512 units unused."""
+    return native is not None and bool(native.amd)
 
-    Zen 4 has AVX-512 too, but computes it in two halves: as fast as AVX2 (docs/performance.md).
-    """
-    family = re.search(r"cpu family\s*:\s*(\d+)", cpuinfo)
-    return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= 26
+
+def _address(tensor: Optional[Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -13,14 +13,13 @@ Why not plain autograd: an expert's products are small, so what lies around them
 from typing import Any, List, Optional, Tuple, Type
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import with_gradient
 from .dispatch import Dispatch
 from .memory import room_like
 from .once import differentiable_once
-from .run_products import OneDNNProducts, RunProducts
+from .run_products import NativeProducts, RunProducts
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
 
 
@@ -29,9 +28,11 @@ def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeig
     return _ExpertRuns.apply(dispatch, RunProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
-def expert_onednn(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """The same with oneDNN's products."""
-    return _ExpertRuns.apply(dispatch, OneDNNProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
+def expert_native(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """The same with products of ours, in float32; other dtypes go to torch's."""
+    is_float32 = all(tensor.dtype == torch.float32 for tensor in (x, gate, *weights))
+    products = NativeProducts if is_float32 else RunProducts
+    return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _ExpertRuns(torch.autograd.Function):
@@ -46,23 +47,22 @@ class _ExpertRuns(torch.autograd.Function):
         gate: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        weight1, bias1, weight2, bias2 = weights
+        x, (weight1, bias1, weight2, bias2) = x.contiguous(), (weight.contiguous() for weight in weights)
         activation = with_gradient(hidden.activation)
         gate_N = gate.reshape(-1)[dispatch.order]
         y = x.new_zeros(x.shape, dtype=sum_dtype(x))
         kept: List[Tensor] = []
         masks: List[Tensor] = []
         for rows, expert in _runs(dispatch):
-            n, token = rows.stop - rows.start, _padded(dispatch.token[rows], products, x.dtype)
-            before = products.rows(x.index_select(0, token), weight1[expert], bias1[expert])
-            activated = activation.apply(before)
+            token = dispatch.token[rows]
+            before = products.rows(x, token, weight1[expert], bias1[expert])
+            activated = activation.apply(before).contiguous()
             if hidden.dropout:
                 masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
                 activated = activated * masks[-1]
             if keep:
                 kept.append(activated if activation.keeps_output else before)
-            output = products.rows(activated, weight2[expert], bias2[expert])[:n]
-            y.index_add_(0, token[:n], output.to(y.dtype).mul_(gate_N[rows, None]))
+            products.add_rows(y, token, activated, weight2[expert], bias2[expert], gate_N[rows])
         if keep:
             ctx.save_for_backward(x, gate_N, weight1, weight2, bias2, *kept, *masks)
             ctx.dispatch, ctx.products, ctx.activation, ctx.gate_shape = dispatch, products, activation, gate.shape
@@ -74,7 +74,7 @@ class _ExpertRuns(torch.autograd.Function):
         x, gate_N, weight1, weight2, bias2, *kept = ctx.saved_tensors
         if hasattr(ctx, "maybe_clear_saved_tensors"):  # not in older versions of torch
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained, *kept* has the hidden rows alone now
-        runs, products = _runs(ctx.dispatch), ctx.products
+        runs, products, dy = _runs(ctx.dispatch), ctx.products, dy.contiguous()
         kept, masks = kept[: len(runs)], kept[len(runs) :]
         dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
         dweight1, dweight2 = room_like(weight1), room_like(weight2)
@@ -82,40 +82,28 @@ class _ExpertRuns(torch.autograd.Function):
         # A run's hidden rows are freed after it, so the longest, which needs the most room beside them, comes last.
         for place in sorted(range(len(runs)), key=lambda place: runs[place][0].stop - runs[place][0].start):
             rows, expert = runs[place]
-            n, token = rows.stop - rows.start, _padded(ctx.dispatch.token[rows], products, x.dtype)
-            gate = F.pad(gate_N[rows], (0, len(token) - n))[:, None]  # 0: no part in any sum
+            token, gate = ctx.dispatch.token[rows], gate_N[rows]
             hidden_rows, kept[place] = kept[place], None
             activated = hidden_rows
             if not ctx.activation.keeps_output:
-                activated = ctx.activation.apply(activated)
+                activated = ctx.activation.apply(activated).contiguous()
                 if masks:
                     activated = activated * masks[place]
-            doutput = dy.index_select(0, token)
-            dhidden = products.rows(doutput, weight2[expert].t())
-            dgate_N[rows] = torch.linalg.vecdot(dhidden.to(dx.dtype), activated.to(dx.dtype))[:n]
-            dgate_N[rows] += doutput[:n] @ bias2[expert]
-            doutput.mul_(gate)
-            products.weight(activated, doutput, out=dweight2[expert])
-            torch.sum(doutput, 0, out=dbias2[expert])
-            dhidden.mul_(gate)
+            doutput = products.gathered(dy, token)
+            dhidden = products.rows(*doutput, weight2[expert], transposed=True)
+            products.gates(dhidden, activated, *doutput, bias2[expert], gate, dgate_N[rows])
+            products.weight(activated, None, *doutput, gate, dweight2[expert], dbias2[expert])
             if masks:
                 dhidden.mul_(masks[place])
-            dhidden = ctx.activation.backward(dhidden, hidden_rows)
-            products.weight(x.index_select(0, token), dhidden, out=dweight1[expert])
-            torch.sum(dhidden, 0, out=dbias1[expert])
-            dx.index_add_(0, token[:n], products.rows(dhidden, weight1[expert].t())[:n].to(dx.dtype))
+            dhidden = ctx.activation.backward(dhidden, hidden_rows).contiguous()
+            products.weight(x, token, dhidden, None, None, dweight1[expert], dbias1[expert])
+            products.add_rows(dx, token, dhidden, weight1[expert], transposed=True)
         for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
             for gradient in (dweight1, dbias1, dweight2, dbias2):
                 gradient[expert].zero_()  # torch DDP would stop at a missing one
         dgate = torch.empty_like(dgate_N)
         dgate[ctx.dispatch.order] = dgate_N
         return (*(None,) * 4, dx.to(x.dtype), dgate.view(ctx.gate_shape), dweight1, dbias1, dweight2, dbias2)
-
-
-def _padded(token: Tensor, products: Type[RunProducts], dtype: torch.dtype) -> Tensor:
-    """The run's tokens, the last of them repeated: a row that the expert computes anyway."""
-    padding = products.padding(len(token), dtype)
-    return torch.cat((token, token[-1:].expand(padding))) if padding else token
 
 
 def _runs(dispatch: Dispatch) -> List[Tuple[slice, int]]:

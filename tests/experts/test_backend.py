@@ -10,13 +10,11 @@ from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experts import ExpertBank, run_products
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM, HAS_TRITON
-from fairseq_hyperrouter.experts.dispatch import order_by_expert
 from fairseq_hyperrouter.experts.grouped_products import BLOCK_ROWS
-from fairseq_hyperrouter.experts.weights import ExpertWeights
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-FLOAT32 = ("grouped", "onednn", "triton")  # what they are made for
+FLOAT32 = ("grouped", "native", "triton")  # what they are made for
 SIZES = {"num_experts": 3, "embed_dim": 4, "ffn_embed_dim": 8}
 
 
@@ -27,15 +25,10 @@ def bank(backend, dtype=None, **options):
         pytest.skip("Triton is not installed")
     if backend == "triton" and (dtype == torch.bfloat16 or torch.cuda.is_available()):
         pytest.skip("tests/test_on_gpu.py looks at it; Triton's interpreter multiplies bfloat16 as integers")
-    if backend == "onednn" and not run_products.has_onednn():
-        pytest.skip("this torch has no oneDNN")
+    if backend == "native" and not run_products.has_native():
+        pytest.skip("no compiler, or a processor without AVX-512")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))
-
-
-@pytest.fixture(autouse=True)
-def onednn_for_few_rows_too(monkeypatch):
-    monkeypatch.setattr(run_products, "FEW_ROWS", 0)
 
 
 def widest(backend):
@@ -245,14 +238,6 @@ def test_differentiated_twice(backend):
             torch.autograd.grad(y, x, create_graph=True)
 
 
-def test_few_sizes_for_onednn():
-    """At most four numbers of rows per power of two, and little added."""
-    filled = {n: n + run_products.OneDNNProducts.padding(n, torch.float32) for n in range(1, 4097)}
-    assert all(n <= total <= max(n + 3, 1.25 * n) for n, total in filled.items())
-    assert len({total for total in filled.values() if total > 16}) == 4 * 8
-    assert run_products.OneDNNProducts.padding(5, torch.float64) == 0
-
-
 def test_grouped_refuses_odd_widths():
     with pytest.raises(UserError, match="--moe-backend grouped: experts of width 4 and 6, must be multiples of 4"):
         bank("grouped", ffn_embed_dim=6)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
@@ -271,7 +256,7 @@ def test_triton_refuses_what_it_cannot(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(UserError, match=r"'fast': choose from auto, runs, onednn, grouped, blocks, triton, loop"):
+    with pytest.raises(UserError, match=r"'fast': choose from auto, runs, native, grouped, blocks, triton, loop"):
         ExpertBank(**SIZES, backend="fast")
 
 
@@ -281,34 +266,16 @@ def test_grouped_needs_a_new_torch(monkeypatch):
         backends.check_backend("--moe-backend", "grouped")
 
 
-@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "onednn")])
+@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "native")])
 def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
     monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "onednn_is_faster", lambda: faster)
-    monkeypatch.setattr(backends, "ONEDNN_PAYS", 1)
+    monkeypatch.setattr(backends, "native_is_faster", lambda: faster)
     experts = ExpertBank(**SIZES)
+    if faster:
+        bank(name)  # skips where there is none
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
     assert [record.message for record in caplog.records] == [
         f"experts are computed by the backend {name} (cpu, float32)"
     ]
-
-
-@pytest.mark.parametrize(
-    "tokens, sizes, name",
-    [
-        (8, (16, 32), "runs"),  # little work: a call of oneDNN costs more
-        (2048, (32, 64), "runs"),
-        (2048, (64, 128), "onednn"),
-        (8, (512, 1024), "runs"),
-    ],
-)
-def test_onednn_where_there_is_enough_work(monkeypatch, tokens, sizes, name):
-    used = []
-    monkeypatch.setattr(backends, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(backends, "BACKENDS", {name: lambda *_, name=name: used.append(name) for name in BACKENDS})
-    weights = ExpertWeights(*(torch.empty(8, *shape) for shape in (sizes, sizes[1:], sizes[::-1], sizes[:1])))
-    dispatch = order_by_expert(torch.zeros(tokens, 4, dtype=torch.long), 8)
-    backends.compute_ordered("auto", torch.empty(tokens, sizes[0]), dispatch, torch.empty(tokens, 4), weights, None)
-    assert used == [name]

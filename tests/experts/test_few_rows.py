@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import ExpertBank, few_rows
+from fairseq_hyperrouter.experts import ExpertBank, few_rows, run_products
 from fairseq_hyperrouter.experts import backend as backends
 
 SIZES = {"num_experts": 5, "embed_dim": 37, "ffn_embed_dim": 50}
+MANY_ROWS = "native" if run_products.native_is_faster() else "runs"
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +90,14 @@ def test_who_is_served(used, monkeypatch):
 
     assert backend() == "few_rows"
     assert backend(backend="runs") == "runs"
-    assert backend(dropout=0.1) == "runs"
+    assert backend(dropout=0.1) == MANY_ROWS
     assert backend(dtype=torch.float64) == "runs"
-    assert backend(tokens=5 * few_rows.ROWS + 1) == "runs"
+    assert backend(tokens=5 * few_rows.ROWS + 1) == MANY_ROWS
     monkeypatch.setattr(few_rows, "ONE_THREAD", 4 * 37 * 50 - 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert backend() == "few_rows"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert backend() == "runs"
+    assert backend() == MANY_ROWS
     monkeypatch.undo()
     bank = ExpertBank(**SIZES)
     assert bank(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)).requires_grad
@@ -108,7 +109,7 @@ def test_indices(used):
     with torch.no_grad():
         index = torch.randint(5, (4, 1))
         torch.testing.assert_close(bank(x, index.int(), gate), bank(x, index, gate))
-        assert used == ["runs", "few_rows"]
+        assert used == [MANY_ROWS, "few_rows"]
         for wrong in (-1, 5, 10**12):
             with pytest.raises(IndexError, match=rf"expert_index {wrong}: must be in 0 \.\. 4"):
                 bank(x, torch.full((4, 1), wrong), gate)
@@ -127,11 +128,12 @@ def test_forward_mode_is_left_to_others(used):
         assert used.pop() == "few_rows"
         with pytest.raises(NotImplementedError, match="forward mode"):
             bank(forward_ad.make_dual(x, tangent), index, gate)
-        assert used.pop() == "runs"
+        assert used.pop() == MANY_ROWS
 
 
 def test_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setattr(few_rows, "native", None)
+    monkeypatch.setattr(run_products, "native", None)
     monkeypatch.setattr(backends, "_logged", set())
     with torch.no_grad(), caplog.at_level(logging.INFO):
         ExpertBank(**SIZES)(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))

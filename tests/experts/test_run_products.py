@@ -1,17 +1,126 @@
+"""The C code computes what torch's operations compute in float64."""
+
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 
-from fairseq_hyperrouter.experts.run_products import has_full_width
+from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.experts import backend, run_products
+from fairseq_hyperrouter.experts.run_products import NativeProducts, RunProducts
 
-CPUINFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17\n"
-
-
-@pytest.mark.parametrize(
-    "vendor, family, full",
-    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 6, False), ("GenuineIntel", 26, False)],
+needs_native = pytest.mark.skipif(
+    not run_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
 )
-def test_full_width_units_that_mkl_leaves_idle(vendor, family, full):
-    assert has_full_width(CPUINFO.format(vendor, family)) is full
+SIZES = pytest.mark.parametrize(
+    "n, D, F",
+    [
+        (1, 1, 1),
+        (5, 3, 2),
+        (14, 32, 32),
+        (15, 16, 33),
+        (29, 31, 64),
+        (40, 257, 47),  # beyond the depth of one copy
+        (300, 40, 530),  # beyond the columns of one copy
+        (530, 300, 96),
+    ],
+)
 
 
-def test_other_machines_do_not_say():
-    assert not has_full_width("processor\t: 0\nBogoMIPS\t: 50.00\n")
+def test_compiled_where_it_can_be():
+    cpuinfo = Path("/proc/cpuinfo")
+    could = shutil.which("gcc") and cpuinfo.is_file() and "avx512f" in cpuinfo.read_text()
+    assert run_products.has_native() or not could
+
+
+def operands(n, D, F, tokens=23):
+    """a, token, weight, bias, gate; a token may come several times, and y has others too."""
+    return (
+        torch.randn(tokens, D),
+        torch.randint(tokens, (n,)),
+        torch.randn(D, F),
+        torch.randn(F),
+        torch.randn(n),
+    )
+
+
+def assert_same(compute, *tensors):
+    """*compute* (products, *tensors) writes into its tensors, or returns one; the same in float64 with torch."""
+    exact = [tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in tensors]
+    found, expected = compute(NativeProducts, *tensors), compute(RunProducts, *exact)
+    for here, there in ((found, expected), *zip(tensors, exact)):
+        if here is not None and here.is_floating_point():
+            torch.testing.assert_close(here.double(), there, rtol=0, atol=5e-6 * max(1, there.abs().max().item()))
+
+
+@needs_native
+@SIZES
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_rows(n, D, F, transposed):
+    a, token, weight, bias, _ = operands(n, D, F)
+    weight = weight.t().contiguous() if transposed else weight
+    for rows, which in ((a, token), (a[token], None)):
+        for added in (bias, None):
+            assert_same(lambda products, *args: products.rows(*args, transposed=transposed), rows, which, weight, added)
+
+
+@needs_native
+@SIZES
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_add_rows(n, D, F, transposed):
+    a, token, weight, bias, gate = operands(n, D, F)
+    a, weight = a[token], weight.t().contiguous() if transposed else weight
+    for factors in ((bias, gate), (None, None)):
+        y = torch.randn(23, F)
+        assert_same(
+            lambda products, *args: products.add_rows(*args, transposed=transposed), y, token, a, weight, *factors
+        )
+
+
+@needs_native
+@SIZES
+def test_weight(n, D, F):
+    a, token, _, _, gate = operands(n, D, F)
+    b = torch.randn(23, F)
+    for first in ((a, token), (a[token], None)):
+        for second in ((b, token, gate), (b[token], None, None)):
+            results = torch.full((D, F), torch.nan), torch.full((F,), torch.nan)
+            assert_same(lambda products, *args: products.weight(*args), *first, *second, *results)
+
+
+@needs_native
+@SIZES
+def test_gates(n, D, F):
+    dy, token, _, _, gate = operands(n, D, F)
+    for output in ((dy, token), (dy[token], None)):
+        tensors = (torch.randn(n, F), torch.randn(n, F), *output, torch.randn(D), gate, torch.full((n,), torch.nan))
+        assert_same(lambda products, *args: products.gates(*args), *tensors)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
+    n, D, F = 150, 90, 300
+    a, token, weight, bias, gate = operands(n, D, F)
+
+    def everything():
+        y, dweight, dbias, dgate = torch.zeros(23, F), torch.empty(D, F), torch.empty(F), torch.empty(n)
+        hidden = NativeProducts.rows(a, token, weight, bias)
+        NativeProducts.add_rows(y, token, a[token], weight, bias, gate)
+        NativeProducts.gates(hidden, hidden.clone(), a, token, torch.ones(D), gate, dgate)
+        NativeProducts.weight(a, token, hidden, None, gate, dweight, dbias)
+        return hidden, y, dweight, dbias, dgate
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = everything()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for one, several in zip(alone, everything()):
+        assert torch.equal(one, several)
+
+
+def test_not_compiled(monkeypatch):
+    monkeypatch.setattr(run_products, "native", None)
+    assert not run_products.native_is_faster()
+    with pytest.raises(UserError, match="--moe-backend native: needs a processor with AVX-512, and a C compiler"):
+        backend.check_backend("--moe-backend", "native")
