@@ -17,15 +17,16 @@ setup(
     packages=find_packages(include=["fairseq_hyperrouter", "fairseq_hyperrouter.*"]),
     ext_modules=[
         Extension(
-            f"fairseq_hyperrouter.experts._{name}",
-            [f"fairseq_hyperrouter/experts/{name}.c"],
+            f"fairseq_hyperrouter.native._{name}",
+            [f"fairseq_hyperrouter/native/{name}.c"],
+            depends=[f"fairseq_hyperrouter/native/{header}.h" for header in ("common", "tiles")],
             extra_compile_args=["-O3", *["-fopenmp"] * LINUX],
             # Not linked with an OpenMP: they find that of torch, so that there is one pool of threads; or say at once
             # that there is none.
             extra_link_args=["-Wl,-z,now"] * LINUX,
             optional=True,  # without a compiler other backends do the work
         )
-        for name in ("few_rows", "run_products")
+        for name in ("few_rows", "run_products", "causal_attention")
     ],
     python_requires=">=3.10",
     install_requires=[

@@ -12,13 +12,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from fairseq_hyperrouter.native import few_rows as native
+
 from .activation import with_gradient
 from .weights import ExpertWeights, Hidden, has_tangents, trains
-
-try:
-    from . import _few_rows as native
-except ImportError:  # not installed, or no compiler
-    native = None
 
 ROWS = 64
 """Of an expert, on average; with more, products that are made for many rows are as fast."""

@@ -8,12 +8,9 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .weights import sum_dtype
+from fairseq_hyperrouter.native import run_products as native
 
-try:
-    from . import _run_products as native
-except ImportError:  # not installed, no compiler, or a processor without AVX-512
-    native = None
+from .weights import sum_dtype
 
 
 class RunProducts:

@@ -1,56 +1,19 @@
-/* Products of one expert's rows, and what lies between them: float32 on a CPU with AVX-512. run_products.py is what
-   calls this.
+/* Products of one expert's rows, and what lies between them: float32 on a CPU with AVX-512. experts/run_products.py is
+   what calls this.
 
-   A product of m x k and k x n is computed in tiles of TALL x WIDE sums that stay in registers (the scheme of
-   BLIS, https://doi.org/10.1145/2764454):
+   A product of m x k and k x n is computed in tiles (tiles.h):
 
-   1. Copy DEPTH x COLUMNS of the second matrix, WIDE columns after WIDE columns, so that they are read in the order in
-      which they lie and stay in the second cache.
+   1. Copy DEPTH x COLUMNS of the second matrix, which stay in the second cache.
    2. Copy up to TALL rows of the first, which then stay in the first cache.
    3. Multiply these rows with each WIDE columns, and add the sums to the result.
 
    So rows are gathered, multiplied with their gates and added to their tokens on the way, where torch needs a pass over
-   memory for each; and the products keep an AMD's units busy, where MKL keeps to AVX2 (docs/performance.md). Threads
-   share the columns of the result: every sum is the same with any number of them.
+   memory for each. Threads share the columns of the result: every sum is the same with any number of them. */
 
-   Pointers come as integers (Tensor.data_ptr()), 0 for none; what they point to is contiguous, indices are int64. */
+#include "tiles.h"
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { LANES = 16, TALL = 14, VECTORS = 2, WIDE = VECTORS * LANES, DEPTH = 256, COLUMNS = 512 };
-enum { ROW = DEPTH + LANES };   /* a copied row of the first matrix: not a power of two, which caches dislike */
-enum { ONE_THREAD = 1 << 20 };  /* multiply-adds that are done before other threads are there */
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define AVX512 __attribute__((target("avx512f")))
-#define HAS_AVX512 __builtin_cpu_supports("avx512f")
-#define IS_AMD __builtin_cpu_is("amd")
-#else
-#define AVX512
-#define HAS_AVX512 0
-#define IS_AMD 0
-#endif
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
-#endif
-#pragma GCC diagnostic ignored "-Wpsabi" /* about calls; all functions that take vectors are inlined */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef int lanes __attribute__((vector_size(LANES * sizeof(int))));
-
-typedef struct {
-    const float *at;
-    int64_t stride;       /* from one row to the next */
-    int transposed;       /* whether the product takes its rows as columns */
-    const int64_t *index; /* which row stands for row r; none: r itself */
-    const float *scale;   /* what row r is multiplied with; none: 1 */
-} matrix;
+enum { COLUMNS = 512 };
+enum { ONE_THREAD = 1 << 20 }; /* multiply-adds that are done before other threads are there */
 
 typedef struct {
     float *at;
@@ -60,139 +23,6 @@ typedef struct {
     const float *scale;   /* what row r is multiplied with before; none: 1 */
     float *sums;          /* of the second matrix's columns */
 } result;
-
-INLINE const float *row_of(const matrix *m, int64_t r) { return m->at + (m->index ? m->index[r] : r) * m->stride; }
-
-/* rows x WIDE sums over k. rows, down and along are numbers that the compiler knows: the first matrix's entry of row i
-   at place p lies at a[i * down + p * along]. */
-INLINE void tile(const int rows, const int down, const int along, int64_t k, const float *a, const float *b,
-                 float *const *to, const float *scale, const float *start, const int add)
-{
-    vector sum[TALL][VECTORS];
-    for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++) {
-            __builtin_prefetch(to[i] + v * LANES, 1);
-            sum[i][v] = *(const vector *)(start + v * LANES);
-        }
-    for (int64_t p = 0; p < k; p++) {
-        vector w[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
-            w[v] = *(const vector *)(b + p * WIDE + v * LANES);
-        for (int i = 0; i < rows; i++) {
-            const vector x = a[i * down + p * along] - (vector){0};
-            for (int v = 0; v < VECTORS; v++)
-                sum[i][v] += x * w[v];
-        }
-    }
-    for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++) {
-            vector *at = (vector *)(to[i] + v * LANES);
-            *at = add ? (vector)(*at + scale[i] * sum[i][v]) : sum[i][v];
-        }
-}
-
-#define TILE(n)                                                     \
-    case n:                                                         \
-        if (transposed)                                             \
-            tile(n, 1, TALL, k, a, b, to, scale, start, add);       \
-        else                                                        \
-            tile(n, ROW, 1, k, a, b, to, scale, start, add);        \
-        break;
-
-AVX512 static void tile_of(int rows, int transposed, int64_t k, const float *a, const float *b, float *const *to,
-                           const float *scale, const float *start, int add)
-{
-    switch (rows) {
-        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13)
-        TILE(14)
-    }
-}
-
-#define SWAP(h, low, high)                                          \
-    for (int i = 0; i < LANES; i++)                                 \
-        if (!(i & h)) {                                             \
-            const vector one = r[i], other = r[i | h];              \
-            r[i] = SHUFFLE(one, other, low);                        \
-            r[i | h] = SHUFFLE(one, other, high);                   \
-        }
-#define LIST(...) __VA_ARGS__
-
-/* to[c][r] = row r's entry c, for LANES rows and entries: exchange halves, then quarters ... */
-INLINE void transpose(const float *const *from, int64_t p, float *to)
-{
-    vector r[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-        r[i] = *(const vector *)(from[i] + p);
-#pragma GCC unroll 16
-    SWAP(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-         LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-#pragma GCC unroll 16
-    SWAP(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-         LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-#pragma GCC unroll 16
-    SWAP(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-         LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-#pragma GCC unroll 16
-    SWAP(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-         LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-        *(vector *)(to + i * WIDE) = r[i];
-}
-
-/* Rows p .. p + k and columns j .. j + n of the second matrix, WIDE columns after WIDE columns, the last ones filled up
-   with zeros; sums += its columns. */
-AVX512 static void copy_second(const matrix *b, int64_t p, int64_t k, int64_t j, int64_t n, float *to, float *sums)
-{
-    for (int64_t end = j + n; j < end; j += WIDE, to += k * WIDE) {
-        const int64_t width = end - j < WIDE ? end - j : WIDE;
-        if (b->transposed) {
-            const float *from[WIDE];
-            for (int64_t l = 0; l < width; l++)
-                from[l] = row_of(b, j + l) + p;
-            int64_t q = 0;
-            if (width == WIDE)
-                for (; q + LANES <= k; q += LANES)
-                    for (int v = 0; v < VECTORS; v++)
-                        transpose(from + v * LANES, q, to + q * WIDE + v * LANES);
-            for (; q < k; q++)
-                for (int64_t l = 0; l < WIDE; l++)
-                    to[q * WIDE + l] = l < width ? from[l][q] : 0;
-            continue;
-        }
-        vector sum[VECTORS] = {0};
-        for (int64_t q = 0; q < k; q++) {
-            const float *from = row_of(b, p + q) + j, scale = b->scale ? b->scale[p + q] : 1;
-            float last[WIDE] = {0};
-            if (width < WIDE)
-                from = memcpy(last, from, width * sizeof *last);
-            for (int v = 0; v < VECTORS; v++) {
-                const vector entry = scale * *(const vector *)(from + v * LANES);
-                *(vector *)(to + q * WIDE + v * LANES) = entry;
-                sum[v] += entry;
-            }
-        }
-        if (sums)
-            for (int64_t l = 0; l < width; l++)
-                sums[j + l] += sum[l / LANES][l % LANES];
-    }
-}
-
-/* Rows i .. i + rows and columns p .. p + k of the first matrix: row after row, or TALL rows beside each other where
-   they lie so. */
-AVX512 static void copy_first(const matrix *a, int64_t i, int rows, int64_t p, int64_t k, float *to)
-{
-    if (!a->transposed)
-        for (int r = 0; r < rows; r++)
-            memcpy(to + r * ROW, row_of(a, i + r) + p, k * sizeof *to);
-    else if (i + LANES <= a->stride) /* there is no harm in what is copied beyond the rows: it is overwritten */
-        for (int64_t q = 0; q < k; q++)
-            *(vector *)(to + q * TALL) = *(const vector *)(row_of(a, p + q) + i);
-    else
-        for (int64_t q = 0; q < k; q++)
-            memcpy(to + q * TALL, row_of(a, p + q) + i, rows * sizeof *to);
-}
 
 /* Columns *from* to *end* of the m x n result of m x k and k x n. */
 AVX512 static void columns(const matrix *a, const matrix *b, const result *c, int64_t m, int64_t k, int64_t from,
@@ -274,9 +104,6 @@ AVX512 static void gate_row(float *dhidden, const float *activated, int64_t F, c
     for (int64_t f = 0; f < F; f++)
         dhidden[f] *= gate;
 }
-
-#define POINTER(type, integer) ((type *)(uintptr_t)(integer))
-typedef unsigned long long address;
 
 PyDoc_STRVAR(rows_doc,
              "rows(a, index (n,) or 0, weight, transposed, bias (O,) or 0, out (n, O), n, I, O, threads)\n\n"
@@ -377,14 +204,5 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__run_products(void)
 {
-    if (!HAS_AVX512) {
-        PyErr_SetString(PyExc_ImportError, "made for processors with AVX-512");
-        return NULL;
-    }
-    PyObject *self = PyModule_Create(&module);
-    if (self && PyModule_AddIntConstant(self, "amd", IS_AMD != 0)) {
-        Py_DECREF(self);
-        return NULL;
-    }
-    return self;
+    return module_of_tiles(&module);
 }

@@ -1,0 +1,196 @@
+/* Experts on few rows, without gradients: float32 on a CPU. experts/few_rows.py is what calls this.
+
+   Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments; I and O the sizes of a
+   weight.
+
+   An expert's few rows cost little beside reading its weights. So here a weight is read once for up to GROUP rows, from
+   its first byte to its last, and a layer takes four calls from Python, however many experts it has. */
+
+#include "common.h"
+
+enum { ROWS = 4, GROUP = 32 };     /* rows at a time; rows that share what was read of a weight */
+enum { IN_CACHE = 1 << 15 };       /* floats of a weight that stay in the second cache */
+enum { SHORT = 512, AHEAD = 4096 }; /* floats of a row that the processor does not foresee; how far ahead memory is asked */
+
+/* The compiler makes one version per instruction set, the processor chooses when this is loaded. */
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
+#define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_PROCESSOR
+#endif
+
+/* sum[o / LANES][r] += in[r] (I,) times columns o .. o + LANES of weight (I, O), for some rows r. Four rows of the weight
+   at a time, so that sums are read and written once per four products.
+
+   Memory is twice as fast when it is read in the order in which it lies. Long rows the processor foresees by itself; of
+   short ones the next four are read here before they are needed, one line after the other. */
+INLINE void add_rows(const int rows, const int ahead, const float *const *in, const float *weight, int64_t I, int64_t O,
+                     const float *end, vector *sum)
+{
+    int64_t i = 0;
+    for (; i + 4 <= I; i += 4) {
+        const float *w = weight + i * O, *next = w + 4 * O + 4 * O <= end ? w + 4 * O : w; /* at the end once more */
+        vector x[ROWS][4];
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++)
+                x[r][j] = in[r][i + j] - (vector){0};
+        vector *to = sum;
+        for (int64_t o = 0; o + LANES <= O; o += LANES, to += rows) {
+            const vector w0 = *(const vector *)(w + o), w1 = *(const vector *)(w + O + o);
+            const vector w2 = *(const vector *)(w + 2 * O + o), w3 = *(const vector *)(w + 3 * O + o);
+            if (ahead) {
+                const float *line = next + 4 * o;
+                for (int j = 0; j < 4; j++)
+                    __builtin_prefetch(line + AHEAD + j * LANES, 0, 1);
+                TOUCH(line), TOUCH(line + LANES), TOUCH(line + 2 * LANES), TOUCH(line + 3 * LANES);
+            }
+            for (int r = 0; r < rows; r++) {
+                to[r] += x[r][0] * w0;
+                to[r] += x[r][1] * w1;
+                to[r] += x[r][2] * w2;
+                to[r] += x[r][3] * w3;
+            }
+        }
+    }
+    for (; i < I; i++)
+        for (int64_t v = 0; v < O / LANES; v++)
+            for (int r = 0; r < rows; r++)
+                sum[v * rows + r] += in[r][i] * *(const vector *)(weight + i * O + v * LANES);
+}
+
+/* out[r] = in[r] (I,) times weight (I, O) + bias for n <= GROUP rows r of one expert. *end* is where memory of weights
+   ends, sum has room for GROUP x O floats. */
+EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *weight, const float *bias, int64_t I,
+                             int64_t O, float *const *out, const float *end, vector *sum)
+{
+    const int64_t vectors = O / LANES, passes = (n + ROWS - 1) / ROWS;
+    const int64_t deep = n <= ROWS ? I : IN_CACHE / (4 * O) * 4 + 4;
+    for (int64_t i = 0; i < I; i += deep) {
+        for (int64_t pass = 0, row = 0; pass < passes; pass++) {
+            const int rows = (int)((n - row) / (passes - pass)), ahead = O <= SHORT && !pass;
+            const int64_t depth = I - i < deep ? I - i : deep;
+            const float *w = weight + i * O, *from[ROWS];
+            vector *to = sum + row * vectors;
+            for (int r = 0; r < rows; r++)
+                from[r] = in[row + r] + i;
+            for (int64_t v = 0; v < vectors && !i; v++)
+                for (int r = 0; r < rows; r++)
+                    to[v * rows + r] = *(const vector *)(bias + v * LANES);
+            switch (2 * rows + ahead) { /* numbers that the compiler knows, so that it unrolls the loops */
+#define ADD_ROWS(n)                                                                 \
+    case 2 * n: add_rows(n, 0, from, w, depth, O, end, to); break;                  \
+    case 2 * n + 1: add_rows(n, 1, from, w, depth, O, end, to); break;
+                ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(3) ADD_ROWS(4)
+            }
+            for (int64_t v = 0; v < vectors && i + deep >= I; v++)
+                for (int r = 0; r < rows; r++)
+                    *(vector *)(out[row + r] + v * LANES) = to[v * rows + r];
+            row += rows;
+        }
+    }
+    for (int64_t o = vectors * LANES; o < O; o++)
+        for (int64_t r = 0; r < n; r++) {
+            out[r][o] = bias[o];
+            for (int64_t i = 0; i < I; i++)
+                out[r][o] += in[r][i] * weight[i * O + o];
+        }
+}
+
+PyDoc_STRVAR(order_doc,
+             "order(expert_index (N,), kept (N,) bool or 0, order (N,), starts (E + 1,), N, E)\n\n"
+             "Sort by expert: expert e has the assignments order[starts[e]] to order[starts[e + 1] - 1].");
+static PyObject *order(PyObject *self, PyObject *args)
+{
+    address index_at, kept_at, order_at, starts_at;
+    Py_ssize_t N, E;
+    if (!PyArg_ParseTuple(args, "KKKKnn", &index_at, &kept_at, &order_at, &starts_at, &N, &E))
+        return NULL;
+    const int64_t *index = POINTER(int64_t, index_at);
+    const unsigned char *kept = POINTER(unsigned char, kept_at);
+    int64_t *order = POINTER(int64_t, order_at), *starts = POINTER(int64_t, starts_at);
+    memset(starts, 0, (E + 1) * sizeof *starts);
+    for (Py_ssize_t j = 0; j < N; j++)
+        if (!kept || kept[j]) {
+            if (index[j] < 0 || index[j] >= E) {
+                PyErr_Format(PyExc_IndexError, "expert_index %lld: must be in 0 .. %zd", (long long)index[j], E - 1);
+                return NULL;
+            }
+            starts[index[j]]++;
+        }
+    for (Py_ssize_t e = 1; e <= E; e++)
+        starts[e] += starts[e - 1]; /* where the expert ends; taken back to where it starts below */
+    for (Py_ssize_t j = N; j-- > 0;)
+        if (!kept || kept[j])
+            order[--starts[index[j]]] = j;
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(products_doc,
+             "products(rows, order or 0, K, starts, weight (E, I, O), bias (E, O), out (N, O), E, I, O)\n\n"
+             "out[n] = row of n times weight[e] + bias[e] for every place n of every expert e; the row of n is\n"
+             "rows[order[n] // K], or rows[n] without an order.");
+static PyObject *products(PyObject *self, PyObject *args)
+{
+    address rows_at, order_at, starts_at, weight_at, bias_at, out_at;
+    Py_ssize_t K, E, I, O;
+    if (!PyArg_ParseTuple(args, "KKnKKKKnnn", &rows_at, &order_at, &K, &starts_at, &weight_at, &bias_at, &out_at, &E,
+                          &I, &O))
+        return NULL;
+    const float *rows = POINTER(float, rows_at), *weight = POINTER(float, weight_at), *bias = POINTER(float, bias_at);
+    const int64_t *order = POINTER(int64_t, order_at), *starts = POINTER(int64_t, starts_at);
+    float *out = POINTER(float, out_at);
+    void *room = PyMem_Malloc(GROUP * O * sizeof(float) + sizeof(vector));
+    if (!room)
+        return PyErr_NoMemory();
+    vector *sum = POINTER(vector, ((uintptr_t)room / sizeof(vector) + 1) * sizeof(vector)); /* where a line starts */
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t e = 0; e < E; e++)
+        for (int64_t first = starts[e]; first < starts[e + 1]; first += GROUP) {
+            const int64_t n = starts[e + 1] - first < GROUP ? starts[e + 1] - first : GROUP;
+            const float *in[GROUP];
+            float *to[GROUP];
+            for (int64_t r = 0; r < n; r++) {
+                in[r] = rows + (order ? order[first + r] / K : first + r) * I;
+                to[r] = out + (first + r) * O;
+            }
+            product(n, in, weight + e * I * O, bias + e * O, I, O, to, weight + E * I * O, sum);
+        }
+    Py_END_ALLOW_THREADS
+    PyMem_Free(room);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(combine_doc,
+             "combine(rows (N, D), gate (N,), order, y (T, D), n, K, D)\n\n"
+             "y[order[i] // K] += gate[order[i]] * rows[i] for the first n places i.");
+static PyObject *combine(PyObject *self, PyObject *args)
+{
+    address rows_at, gate_at, order_at, y_at;
+    Py_ssize_t n, K, D;
+    if (!PyArg_ParseTuple(args, "KKKKnnn", &rows_at, &gate_at, &order_at, &y_at, &n, &K, &D))
+        return NULL;
+    const float *rows = POINTER(float, rows_at), *gate = POINTER(float, gate_at);
+    const int64_t *order = POINTER(int64_t, order_at);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        float *y = POINTER(float, y_at) + order[i] / K * D;
+        for (Py_ssize_t d = 0; d < D; d++)
+            y[d] += gate[order[i]] * rows[i * D + d];
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"order", order, METH_VARARGS, order_doc},
+    {"products", products, METH_VARARGS, products_doc},
+    {"combine", combine, METH_VARARGS, combine_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_few_rows", "Experts on few rows; see few_rows.py.", -1, methods,
+};
+
+PyMODINIT_FUNC PyInit__few_rows(void)
+{
+    return PyModule_Create(&module);
+}
