@@ -8,9 +8,9 @@
 
 #include "common.h"
 
-enum { ROWS = 4, GROUP = 32 };     /* rows at a time; rows that share what was read of a weight */
+enum { ROWS = 8, GROUP = 32 };     /* rows at a time; rows that share what was read of a weight */
 enum { IN_CACHE = 1 << 15 };       /* floats of a weight that stay in the second cache */
-enum { SHORT = 512, AHEAD = 4096 }; /* floats of a row that the processor does not foresee; how far ahead memory is asked */
+enum { SHORT = 512, AHEAD = 8192 }; /* floats of a row that is short; from what is read to what memory is asked for */
 
 /* The compiler makes one version per instruction set, the processor chooses when this is loaded. */
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
@@ -22,8 +22,8 @@ enum { SHORT = 512, AHEAD = 4096 }; /* floats of a row that the processor does n
 /* sum[o / LANES][r] += in[r] (I,) times columns o .. o + LANES of weight (I, O), for some rows r. Four rows of the weight
    at a time, so that sums are read and written once per four products.
 
-   Memory is twice as fast when it is read in the order in which it lies. Long rows the processor foresees by itself; of
-   short ones the next four are read here before they are needed, one line after the other. */
+   Memory is twice as fast when it is asked for in the order in which it lies, one line after the other, far ahead; and
+   of rows that are too short for the processor to foresee, the next four come into the first cache in that order too. */
 INLINE void add_rows(const int rows, const int ahead, const float *const *in, const float *weight, int64_t I, int64_t O,
                      const float *end, vector *sum)
 {
@@ -38,10 +38,10 @@ INLINE void add_rows(const int rows, const int ahead, const float *const *in, co
         for (int64_t o = 0; o + LANES <= O; o += LANES, to += rows) {
             const vector w0 = *(const vector *)(w + o), w1 = *(const vector *)(w + O + o);
             const vector w2 = *(const vector *)(w + 2 * O + o), w3 = *(const vector *)(w + 3 * O + o);
+            for (int j = 0; j < 4; j++)
+                __builtin_prefetch(w + 4 * o + AHEAD + j * LANES, 0, 1);
             if (ahead) {
                 const float *line = next + 4 * o;
-                for (int j = 0; j < 4; j++)
-                    __builtin_prefetch(line + AHEAD + j * LANES, 0, 1);
                 TOUCH(line), TOUCH(line + LANES), TOUCH(line + 2 * LANES), TOUCH(line + 3 * LANES);
             }
             for (int r = 0; r < rows; r++) {
@@ -80,7 +80,7 @@ EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *wei
 #define ADD_ROWS(n)                                                                 \
     case 2 * n: add_rows(n, 0, from, w, depth, O, end, to); break;                  \
     case 2 * n + 1: add_rows(n, 1, from, w, depth, O, end, to); break;
-                ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(3) ADD_ROWS(4)
+                ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(3) ADD_ROWS(4) ADD_ROWS(5) ADD_ROWS(6) ADD_ROWS(7) ADD_ROWS(8)
             }
             for (int64_t v = 0; v < vectors && i + deep >= I; v++)
                 for (int r = 0; r < rows; r++)
