@@ -8,8 +8,8 @@ parallel.py  to the worker that holds the expert, and back
 backend.py   which of these computes, all behind the same call:
              loop.py     any device and dtype, plain autograd
              runs.py     CPUs; with activation.py, once.py, memory.py and run_products.py (torch's products, or
-                         run_products.c)
-             few_rows.py CPUs, few tokens without gradients; with few_rows.c
+                         native/run_products.c)
+             few_rows.py CPUs, few tokens without gradients; with native/few_rows.c
              grouped.py  GPUs; with grouped_products.py (torch's products) and triton_products.py (ours)
 
 Beside the chosen ones: shared.py, adapter.py, similarity.py.
