@@ -19,15 +19,16 @@ WIDEST = 256
 """Head that our C code has room for."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the keys up to a query's own: (T, B, H, d) -> (T, B, H, d).
 
     1. On a GPU, and where whole blocks of keys are hidden, torch leaves out what it can.
     2. Of a short context on a CPU it leaves out nothing. There the queries go in pieces, each with the keys that its
        last one sees; at T = 512 that takes 0.7 to 0.9 of the time.
-    3. Without gradients, in float32 on an AMD's CPU, C code of ours (causal_attention.c) takes 0.6 of that again.
+    3. At inference, in float32 on an AMD's CPU, C code of ours (causal_attention.c) takes 0.6 of that again. Not in
+       training even without gradients: checkpointed activations are computed again with them, and must be the same.
     """
-    if _serves(q, k, v, dropout):
+    if not training and _serves(q, k, v, dropout):
         return _native(q, k, v)
     T = len(q)
     q, k, v = (one.permute(1, 2, 0, 3) for one in (q, k, v))
@@ -93,7 +94,7 @@ class CausalSelfAttention(MultiheadAttention):
 
         dropped = self.training or self.dropout_module.apply_during_inference
         dropout = self.dropout_module.p if dropped else 0.0
-        y = causal_attention(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), dropout)
+        y = causal_attention(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), dropout, self.training)
         return self.out_proj(y.reshape(T, B, self.embed_dim)), None
 
     def _is_plain(

@@ -173,15 +173,17 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
     module.native.amd = 1
     q, k, v = (torch.randn(20, 2, 2, 4) for _ in range(3))
 
-    def is_used(*inputs: Tensor, dropout: float = 0.0) -> bool:
+    def is_used(*inputs: Tensor, dropout: float = 0.0, training: bool = False) -> bool:
         used.clear()
-        result = causal_attention(*(inputs or (q, k, v)), dropout)
+        result = causal_attention(*(inputs or (q, k, v)), dropout, training)
         if not dropout:
             torch.testing.assert_close(result.double(), _written_out(*(inputs or (q, k, v))), rtol=1e-4, atol=3e-6)
         return bool(used)
 
     assert is_used()
     assert not is_used(dropout=0.5)
+    with torch.no_grad():
+        assert not is_used(training=True)  # may be computed again with gradients
     assert not is_used(q.double(), k.double(), v.double())
     assert not is_used(q, k, v.clone().requires_grad_())
     with torch.no_grad():
