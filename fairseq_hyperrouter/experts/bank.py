@@ -15,6 +15,7 @@ from fairseq_hyperrouter.errors import UserError
 from .activation import check_activation
 from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
+from .memory import in_huge_pages
 from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden
 
@@ -63,9 +64,9 @@ class ExpertBank(nn.Module):
         self.activation = activation
         self.dropout = dropout
         held = len(self.local_experts)
-        self.weight1 = nn.Parameter(torch.empty(held, embed_dim, ffn_embed_dim))
+        self.weight1 = nn.Parameter(in_huge_pages(torch.empty(held, embed_dim, ffn_embed_dim)))
         self.bias1 = nn.Parameter(torch.empty(held, ffn_embed_dim))
-        self.weight2 = nn.Parameter(torch.empty(held, ffn_embed_dim, embed_dim))
+        self.weight2 = nn.Parameter(in_huge_pages(torch.empty(held, ffn_embed_dim, embed_dim)))
         self.bias2 = nn.Parameter(torch.empty(held, embed_dim))
         if parallel is not None:
             for parameter in self.parameters():

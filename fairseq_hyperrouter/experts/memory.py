@@ -1,11 +1,10 @@
-"""Room for large results on a CPU."""
+"""Room for large tensors on a CPU."""
 
 import ctypes
 import mmap
 import sys
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 _LARGE = 4 * 2**20
@@ -23,13 +22,14 @@ def _libc() -> Optional[ctypes.CDLL]:
 _LIBC = _libc()
 
 
-def room_like(tensor: Tensor) -> Tensor:
-    """``torch.empty_like``; for a large tensor in main memory, in huge pages where Linux gives them when asked.
+def in_huge_pages(room: Tensor) -> Tensor:
+    """*room*, which nobody wrote to yet, in huge pages if it is large, in main memory, and Linux gives them when asked.
 
     What is freed goes back to the kernel when it is large, and comes again page by page, each zeroed at its first
     touch: writing 64 MiB takes 28 ms instead of 2 ms where the pages are of 4 KiB, and 4 ms where they are of 2 MiB.
+    Reading is faster too, because the processor need not look up where every 4 KiB are: few rows of 16 experts take
+    0.8 to 0.88 of the time.
     """
-    room = torch.empty_like(tensor)
     if _LIBC is not None and room.device.type == "cpu" and room.nbytes >= _LARGE:
         start = -(-room.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         _LIBC.madvise(start, room.data_ptr() + room.nbytes - start, _HUGE_PAGES)  # an advice: may be refused

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .activation import with_gradient
 from .dispatch import Dispatch
-from .memory import room_like
+from .memory import in_huge_pages
 from .once import differentiable_once
 from .run_products import NativeProducts, RunProducts
 from .weights import ExpertWeights, Hidden, sum_dtype, trains
@@ -77,7 +77,7 @@ class _ExpertRuns(torch.autograd.Function):
         runs, products, dy = _runs(ctx.dispatch), ctx.products, dy.contiguous()
         kept, masks = kept[: len(runs)], kept[len(runs) :]
         dx, dgate_N = x.new_zeros(x.shape, dtype=sum_dtype(x)), torch.zeros_like(gate_N)
-        dweight1, dweight2 = room_like(weight1), room_like(weight2)
+        dweight1, dweight2 = (in_huge_pages(torch.empty_like(weight)) for weight in (weight1, weight2))
         dbias1, dbias2 = weight1.new_empty(len(weight1), weight1.size(2)), torch.empty_like(bias2)
         # A run's hidden rows are freed after it, so the longest, which needs the most room beside them, comes last.
         for place in sorted(range(len(runs)), key=lambda place: runs[place][0].stop - runs[place][0].start):
