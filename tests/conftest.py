@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,13 @@ from tests.preloaded import Preloaded
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # looked at when Triton is imported, by whomever
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers in every run, whichever others ran before it."""
+    torch.manual_seed(1)
+    np.random.seed(1)
 
 
 @pytest.fixture(scope="session")
