@@ -30,7 +30,7 @@ quickstart: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/quickstart.sh
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) tests
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # looked at when Triton is imported, by whomever
 
 
+def pytest_collection_modifyitems(items):
+    """Fast ones first."""
+    items.sort(key=lambda item: "end_to_end" in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers in every run, whichever others ran before it."""
