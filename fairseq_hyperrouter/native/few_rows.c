@@ -8,9 +8,9 @@
 
 #include "common.h"
 
-enum { ROWS = 8, GROUP = 32 };     /* rows at a time; rows that share what was read of a weight */
-enum { IN_CACHE = 1 << 15 };       /* floats of a weight that stay in the second cache */
-enum { SHORT = 512, AHEAD = 8192 }; /* floats of a row that is short; from what is read to what memory is asked for */
+enum { FEW = 5, ROWS = 8, GROUP = 32 }; /* rows at a time: few, at most; rows that share what was read of a weight */
+enum { IN_CACHE = 1 << 15 };            /* floats of a weight that stay in the second cache */
+enum { AHEAD = 8192 };                  /* floats from what is read to what memory is asked for */
 
 /* The compiler makes one version per instruction set, the processor chooses when this is loaded. */
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
@@ -19,36 +19,29 @@ enum { SHORT = 512, AHEAD = 8192 }; /* floats of a row that is short; from what 
 #define EVERY_PROCESSOR
 #endif
 
-/* sum[o / LANES][r] += in[r] (I,) times columns o .. o + LANES of weight (I, O), for some rows r. Four rows of the weight
-   at a time, so that sums are read and written once per four products.
+/* sum[o / LANES][r] += in[r] (I,) times columns o .. o + LANES of weight (I, O), for some rows r.
 
-   Memory is twice as fast when it is asked for in the order in which it lies, one line after the other, far ahead; and
-   of rows that are too short for the processor to foresee, the next four come into the first cache in that order too. */
-INLINE void add_rows(const int rows, const int ahead, const float *const *in, const float *weight, int64_t I, int64_t O,
-                     const float *end, vector *sum)
+   Several rows of the weight at a time, as many as leave registers for the rest: so sums, which may not fit into the
+   first cache, are read and written seldom. Memory is faster when it is asked for in the order in which it lies, one
+   line after the other, far ahead. */
+INLINE void add_rows(const int rows, const float *const *in, const float *weight, int64_t I, int64_t O, vector *sum)
 {
+    const int deep = rows <= FEW ? 8 : 4;
     int64_t i = 0;
-    for (; i + 4 <= I; i += 4) {
-        const float *w = weight + i * O, *next = w + 4 * O + 4 * O <= end ? w + 4 * O : w; /* at the end once more */
-        vector x[ROWS][4];
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++)
-                x[r][j] = in[r][i + j] - (vector){0};
+    for (; i + deep <= I; i += deep) {
+        const float *w = weight + i * O;
         vector *to = sum;
         for (int64_t o = 0; o + LANES <= O; o += LANES, to += rows) {
-            const vector w0 = *(const vector *)(w + o), w1 = *(const vector *)(w + O + o);
-            const vector w2 = *(const vector *)(w + 2 * O + o), w3 = *(const vector *)(w + 3 * O + o);
-            for (int j = 0; j < 4; j++)
-                __builtin_prefetch(w + 4 * o + AHEAD + j * LANES, 0, 1);
-            if (ahead) {
-                const float *line = next + 4 * o;
-                TOUCH(line), TOUCH(line + LANES), TOUCH(line + 2 * LANES), TOUCH(line + 3 * LANES);
-            }
+            vector column[8];
+            for (int j = 0; j < deep; j++)
+                column[j] = *(const vector *)(w + j * O + o);
+            for (int j = 0; j < deep; j++)
+                __builtin_prefetch(w + deep * o + AHEAD + j * LANES, 0, 1);
             for (int r = 0; r < rows; r++) {
-                to[r] += x[r][0] * w0;
-                to[r] += x[r][1] * w1;
-                to[r] += x[r][2] * w2;
-                to[r] += x[r][3] * w3;
+                vector more = to[r];
+                for (int j = 0; j < deep; j++)
+                    more += in[r][i + j] * column[j];
+                to[r] = more;
             }
         }
     }
@@ -58,16 +51,15 @@ INLINE void add_rows(const int rows, const int ahead, const float *const *in, co
                 sum[v * rows + r] += in[r][i] * *(const vector *)(weight + i * O + v * LANES);
 }
 
-/* out[r] = in[r] (I,) times weight (I, O) + bias for n <= GROUP rows r of one expert. *end* is where memory of weights
-   ends, sum has room for GROUP x O floats. */
+/* out[r] = in[r] (I,) times weight (I, O) + bias for n <= GROUP rows r of one expert; sum holds GROUP x O floats. */
 EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *weight, const float *bias, int64_t I,
-                             int64_t O, float *const *out, const float *end, vector *sum)
+                             int64_t O, float *const *out, vector *sum)
 {
     const int64_t vectors = O / LANES, passes = (n + ROWS - 1) / ROWS;
-    const int64_t deep = n <= ROWS ? I : IN_CACHE / (4 * O) * 4 + 4;
+    const int64_t deep = n <= ROWS ? I : IN_CACHE / (8 * O) * 8 + 8;
     for (int64_t i = 0; i < I; i += deep) {
         for (int64_t pass = 0, row = 0; pass < passes; pass++) {
-            const int rows = (int)((n - row) / (passes - pass)), ahead = O <= SHORT && !pass;
+            const int rows = (int)((n - row) / (passes - pass));
             const int64_t depth = I - i < deep ? I - i : deep;
             const float *w = weight + i * O, *from[ROWS];
             vector *to = sum + row * vectors;
@@ -76,10 +68,8 @@ EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *wei
             for (int64_t v = 0; v < vectors && !i; v++)
                 for (int r = 0; r < rows; r++)
                     to[v * rows + r] = *(const vector *)(bias + v * LANES);
-            switch (2 * rows + ahead) { /* numbers that the compiler knows, so that it unrolls the loops */
-#define ADD_ROWS(n)                                                                 \
-    case 2 * n: add_rows(n, 0, from, w, depth, O, end, to); break;                  \
-    case 2 * n + 1: add_rows(n, 1, from, w, depth, O, end, to); break;
+            switch (rows) { /* numbers that the compiler knows, so that it unrolls the loops */
+#define ADD_ROWS(n) case n: add_rows(n, from, w, depth, O, to); break;
                 ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(3) ADD_ROWS(4) ADD_ROWS(5) ADD_ROWS(6) ADD_ROWS(7) ADD_ROWS(8)
             }
             for (int64_t v = 0; v < vectors && i + deep >= I; v++)
@@ -153,7 +143,7 @@ static PyObject *products(PyObject *self, PyObject *args)
                 in[r] = rows + (order ? order[first + r] / K : first + r) * I;
                 to[r] = out + (first + r) * O;
             }
-            product(n, in, weight + e * I * O, bias + e * O, I, O, to, weight + E * I * O, sum);
+            product(n, in, weight + e * I * O, bias + e * O, I, O, to, sum);
         }
     Py_END_ALLOW_THREADS
     PyMem_Free(room);
