@@ -14,7 +14,7 @@ enum { AHEAD = 8192 };                  /* floats from what is read to what memo
 
 /* The compiler makes one version per instruction set, the processor chooses when this is loaded. */
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
-#define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define EVERY_PROCESSOR
 #endif
