@@ -17,7 +17,7 @@ from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
 from .memory import in_huge_pages
 from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
-from .weights import ExpertWeights, Hidden
+from .weights import ExpertWeights, Hidden, product_dtype
 
 
 class ExpertBank(nn.Module):
@@ -101,8 +101,7 @@ class ExpertBank(nn.Module):
             share = 1 / self.parallel.workers
             weights = ExpertWeights(*(ScaleGradient.apply(weight, share) for weight in weights))
         # A backend's own autograd function would get what autocast makes of each product; give it all of one dtype.
-        # An empty product tells which one, with autocast and without.
-        dtype = torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype
+        dtype = product_dtype(x)
         if dtype == x.dtype:
             return self._compute(x, expert_index, gate, kept, weights)
         with torch.autocast(x.device.type, enabled=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairseq_hyperrouter.native import run_products as native
 
-from .weights import sum_dtype
+from .weights import has_tangents, product_dtype, sum_dtype, trains
 
 
 class RunProducts:
@@ -165,6 +165,17 @@ def has_native() -> bool:
 def native_is_faster() -> bool:
     """Whether it beats torch's products: where those are MKL's, which leave an AMD's AVX-512 units unused."""
     return native is not None and bool(native.amd)
+
+
+def serves_inference(*tensors: Tensor) -> bool:
+    """Whether C code of ours can compute with *tensors*, and is faster, where no derivative is asked for."""
+    return (
+        native_is_faster()
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not trains(*tensors)
+        and not has_tangents(*tensors)
+        and product_dtype(tensors[0]) == torch.float32
+    )
 
 
 def _address(tensor: Optional[Tensor]) -> int:

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.weights import has_tangents, trains
+from fairseq_hyperrouter.experts.run_products import serves_inference
 from fairseq_hyperrouter.native import causal_attention as native
+
+from .linear import Linear
 
 KEY_BLOCK = 512
 """What the mask hides torch's kernel for CPUs leaves out in blocks of so many keys."""
@@ -46,16 +48,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
 
 def _serves(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether ``_native`` can compute this, and is faster."""
-    return (
-        native is not None
-        and bool(native.amd)  # others are served as well by torch's products, which are MKL's
-        and q.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype == torch.float32
-        and q.size(3) <= WIDEST
-        and not dropout
-        and not trains(q, k, v)
-        and not has_tangents(q, k, v)
-    )
+    return native is not None and q.size(3) <= WIDEST and not dropout and serves_inference(q, k, v)
 
 
 @torch.no_grad()
@@ -76,6 +69,11 @@ class CausalSelfAttention(MultiheadAttention):
     that what comes out differs from stock at the padding alone, which nobody reads; on a GPU, which would have to wait
     for where padding is, such batches go the stock way, and so do generation and all else that is not plain.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear.like(getattr(self, name)))
 
     def forward(
         self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor], **stock: Any

@@ -18,6 +18,7 @@ from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import ROUTERS, Limit, Place, Routing
 
+from .linear import Linear
 from .moe_decoder_layer import DecoderLayer, MoEDecoderLayer
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ class MoEDecoder(TransformerDecoderBase):
         moe = build_moe_layer(self.moe_config, cfg, number, place, self.parallel)
         self._built.append(moe)
         return MoEDecoderLayer(cfg, moe, index, no_encoder_attn)
+
+    def build_output_projection(self, *args: Any) -> None:
+        super().build_output_projection(*args)
+        if self.output_projection is not None:  # not with an adaptive softmax
+            self.output_projection = Linear.like(self.output_projection)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called by fairseq's trainer before every update."""
