@@ -23,7 +23,6 @@ def main() -> None:
     """Measure, print and write the table."""
     options = parser(__doc__)
     options.add_argument("data", help="folder made by fairseq-preprocess")
-    options.add_argument("--backend", default="auto", help="of the experts (default: %(default)s)")
     options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
     args = options.parse_args()
     logging.disable(logging.WARNING)
@@ -36,7 +35,7 @@ def _measure(args: argparse.Namespace) -> List[List[Row]]:
     with tempfile.TemporaryDirectory() as folder:
         options = [option for option in COMMON if option != "--no-save"]
         options += [*experts("hyperrouter", 2), "--batch-size", "8", "--tokens-per-sample", args.tokens_per_sample]
-        cpu_seconds([args.data, *options, "--save-dir", folder, "--moe-backend", args.backend, "--max-update", "1"])
+        cpu_seconds([args.data, *options, "--save-dir", folder, "--max-update", "1"])
         checkpoint = Path(folder, "checkpoint_last.pt")
         rounds = range(1 if args.quick else 3)
         return [list(sweep([checkpoint], args.data, TOP_KS, batch_size=4, cpu=True)) for _ in rounds]
@@ -56,7 +55,7 @@ def _rows(rounds: List[List[Row]]) -> List[List[Any]]:
 
 def _title(args: argparse.Namespace) -> str:
     symbols = f"{len((Path(args.data) / 'dict.txt').read_text().splitlines())} symbols"
-    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}, backend {args.backend}"
+    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}"
     return f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     quick = parser(__doc__).parse_args().quick
     tables, details = {}, {}
     for D, hidden in SHAPES[:1] if quick else SHAPES:
-        rows = [["tokens", "k", "dense (us)", "smoe", "hyperrouter", "raw grouped_mm", "products alone"]]
+        rows = [["tokens", "k", "dense (us)", "smoe", "hyperrouter", "raw grouped_mm, no biases", "products alone"]]
         for tokens in progress(TOKENS, f"d {D}, F {hidden}"):
             for K in (1, 2):
                 seconds = _measure(tokens, D, hidden, K, repeats=2 if quick else 9)

@@ -26,7 +26,7 @@ def main() -> None:
     steps.update({(name, E): step(layer, x, dy) for E in EXPERTS for name, layer in layers[E].items()})
     seconds = medians(interleaved(steps, repeats, renew=partial(draw, x)))
     limit = seconds["dense", 0]
-    rows = [["E", "milliseconds", "x dense", "x E = 8", "rows per expert", "raw grouped_mm, x dense"]]
+    rows = [["E", "milliseconds", "x dense", "x E = 8", "rows per expert", "raw grouped_mm (no biases), x dense"]]
     for E in EXPERTS:
         ours = seconds["ours", E]
         share = ours / seconds["ours", EXPERTS[0]]

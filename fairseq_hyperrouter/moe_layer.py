@@ -73,6 +73,10 @@ class MoELayer(nn.Module):
             raise UserError(f"capacity_factor {capacity_factor}: must be greater than 0, and finite")
         if not isinstance(shared_experts, int) or shared_experts < 0:
             raise UserError(f"shared_experts {shared_experts}: must be an integer, at least 0")
+        if adapter_dim < 0:
+            raise UserError(f"adapter_dim {adapter_dim}: must be at least 0")
+        if not 0 <= similarity_weight < math.inf:
+            raise UserError(f"similarity_weight {similarity_weight}: must be at least 0, and finite")
         self.router = router
         self.top_k = self._checked(top_k)
         self.capacity_factor = capacity_factor
@@ -81,10 +85,6 @@ class MoELayer(nn.Module):
         hidden = {"activation": activation, "dropout": activation_dropout}
         self.experts = ExpertBank(router.num_experts, *sizes, **hidden, backend=backend, parallel=parallel)
         self.shared_experts = SharedExperts(shared_experts, *sizes, **hidden) if shared_experts else None
-        if adapter_dim < 0:
-            raise UserError(f"adapter_dim {adapter_dim}: must be at least 0")
-        if not 0 <= similarity_weight < math.inf:
-            raise UserError(f"similarity_weight {similarity_weight}: must be at least 0, and finite")
         self.similarity_weight = similarity_weight
         self.adapter = UnselectedAdapter(sizes[0], router.num_experts, adapter_dim) if adapter_dim else None
 

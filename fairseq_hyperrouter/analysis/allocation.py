@@ -1,6 +1,6 @@
 """Which layers need how many experts: ``fairseq-hyperrouter allocate``."""
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -12,16 +12,18 @@ Allocation = Tuple[int, ...]
 
 
 def allocate(evaluator: Evaluator, choices: Sequence[int], budget: Optional[float] = None) -> List[Row]:
-    """A list of k per MoE layer for every budget, from the smallest to the largest.
+    """Lists of k per MoE layer, each better than all that cost less, from the cheapest to the best.
 
     1. Start with the largest of the *choices* in every layer.
     2. Of all lists in which one layer has its next smaller choice, take the one that loses least: the smallest rise of
-       the loss per operation saved. Repeat until every layer has the smallest (or, with a *budget*, until it is met).
+       the loss per operation saved. Repeat until every layer has the smallest.
+    3. Of all that were measured on the way, and the lists with one k for all layers, leave out those that a cheaper one
+       beats: a model that was trained with few experts may be best with few.
 
     Greedy: L layers and C choices cost about L^2 C / 2 evaluations, not C^L, and no list is revisited.
 
     Args:
-        budget: FLOPs per token of a forward pass.
+        budget: FLOPs per token of a forward pass; only the best list within it is returned.
 
     Raises:
         UserError (a ValueError): a model without experts, or a budget below that of the smallest list.
@@ -39,18 +41,26 @@ def allocate(evaluator: Evaluator, choices: Sequence[int], budget: Optional[floa
     layers = len(evaluator.layers)
     if budget is not None:
         least = measured((choices[0],) * layers)["flops_per_token"]
-        if budget < least:
+        if not budget >= least:
             raise UserError(f"--budget {budget / 1e6:g}: must be at least {least / 1e6:.2f}, that of k = {choices[0]}")
-    found = [measured((choices[-1],) * layers)]
+    now = measured((choices[-1],) * layers)
     with tqdm(total=layers * (len(choices) - 1), desc="lists of k", leave=False) as bar:
-        while any(k > choices[0] for k in found[-1]["top_k"]):
-            if budget is not None and found[-1]["flops_per_token"] <= budget:
-                break
-            now = found[-1]
+        while any(k > choices[0] for k in now["top_k"]):
             smaller = [measured(one) for one in _with_one_smaller(now["top_k"], choices)]
-            found.append(min(smaller, key=lambda row: _loss_per_operation(now, row)))
+            now = min(smaller, key=lambda row, now=now: _loss_per_operation(now, row))
             bar.update()
-    return found[::-1]
+    for k in choices:
+        measured((k,) * layers)
+    best = _better_than_cheaper(known.values())
+    return best if budget is None else [row for row in best if row["flops_per_token"] <= budget][-1:]
+
+
+def _better_than_cheaper(rows: Iterable[Row]) -> List[Row]:
+    best: List[Row] = []
+    for row in sorted(rows, key=lambda row: (row["flops_per_token"], row["bits_per_token"])):
+        if not best or row["bits_per_token"] < best[-1]["bits_per_token"]:
+            best.append(row)
+    return best
 
 
 def _with_one_smaller(allocation: Allocation, choices: Sequence[int]) -> List[Allocation]:

@@ -15,6 +15,7 @@ from fairseq_hyperrouter.config import TopK
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Routing, losses
+from fairseq_hyperrouter.routing.schedule import doubling
 from fairseq_hyperrouter.token_length import characters_per_token
 
 from .cost import model_cost
@@ -74,6 +75,19 @@ class Evaluator:
         self.has_experts = hasattr(model, "at_top_k")
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.device = next(model.parameters()).device
+
+    def top_ks(self, option: str, values: Optional[Sequence[int]] = None) -> Sequence[Optional[int]]:
+        """The k to evaluate at: *values*, by default 1, 2, 4, ... and all experts; None without experts.
+
+        Raises:
+            UserError (a ValueError): a k that the model cannot have, by the name of the *option*.
+        """
+        if not self.has_experts:
+            return [None]
+        if values is None:
+            return doubling(1, self.model.decoder.moe_config.moe_expert_count)
+        self.model.decoder.check_top_k(f"{self.path}: {option}", values)
+        return values
 
     def batches(self, prefix: str = "") -> Iterable[Dict[str, Any]]:
         """The split's batches, with a progress bar when *prefix* names it."""

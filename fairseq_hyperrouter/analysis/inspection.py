@@ -18,13 +18,19 @@ from .evaluation import Evaluator
 from .observation import observed
 
 TOP_TOKENS = 12
+TOKENS = 20_000
+"""Of the text, at most, that routing is looked at."""
+SAMPLE = 256
+"""Of these, about, whose outputs are compared."""
 JACOBIANS = 64
-"""Tokens whose routing term is computed."""
+"""Of the sample, about, whose routing term is computed."""
 
 
 class Seen(NamedTuple):
-    """What one MoE layer made of the tokens of one batch, padding left out."""
+    """What one MoE layer made of tokens."""
 
+    number: Tensor
+    """(T,) where in the text each stands."""
     x: Tensor
     """(T, D)"""
     routing: Routing
@@ -44,68 +50,83 @@ class Inspection(NamedTuple):
 
 
 @torch.no_grad()
-def inspect(evaluator: Evaluator, top_k: int, tokens: int = 20_000, sample: int = 256) -> Inspection:
-    """Look at the first *tokens* of the text with *top_k* experts per token.
+def inspect(evaluator: Evaluator, top_k: int) -> Inspection:
+    """Look at the routing of the text with *top_k* experts per token.
 
-    What compares outputs (similarity, ranks) looks at the first *sample* tokens of these, the Jacobian at JACOBIANS.
+    At every n-th token of the whole text, n so that there are at most TOKENS; what compares outputs (similarity, ranks)
+    at SAMPLE of these, the Jacobian at JACOBIANS of those. Which tokens depends on the text alone.
     """
+    lengths = torch.as_tensor(evaluator.task.dataset(evaluator.split).sizes).long()
+    starts, total = lengths.cumsum(0) - lengths, int(lengths.sum())
+    every = -(-total // TOKENS)
+    every_of_sample = every * -(-total // every // SAMPLE)
     seen: List[List[Seen]] = [[] for _ in evaluator.layers]
-    found = 0
+    sample: List[List[Seen]] = [[] for _ in evaluator.layers]
 
-    def keep(layer: int, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> None:
-        one = _tokens(x, arguments, routing)
-        # of the tokens themselves all are kept, of what is wide only the sample
-        seen[layer].append(one if found < sample else one._replace(x=one.x[:0], state=None))
-
-    with evaluator.model.at_top_k(top_k), observed(evaluator.layers, keep):
+    with evaluator.model.at_top_k(top_k):
         for batch in evaluator.batches(f"{evaluator.label}: routing"):
-            evaluator.forward(batch)
-            found = sum(len(one.token_ids) for one in seen[0])
-            if found >= tokens:
-                break
+            length = batch["net_input"]["src_tokens"].size(1)
+            number = (starts[batch["id"]] + torch.arange(length)[:, None]).flatten().to(evaluator.device)
+
+            def keep(
+                layer: int, x: Tensor, arguments: Dict[str, Any], routing: Routing, number: Tensor = number
+            ) -> None:
+                tokens = _tokens(number, x, arguments, routing)
+                sample[layer].append(_at(tokens, tokens.number % every_of_sample == 0))
+                # of the tokens themselves all are kept, what is wide of the sample only
+                seen[layer].append(_at(tokens._replace(x=tokens.x[:, :0], state=None), tokens.number % every == 0))
+
+            with observed(evaluator.layers, keep):
+                evaluator.forward(batch)
     dictionary = evaluator.task.target_dictionary
-    together = [_together(parts) for parts in seen]
-    layers = [_layer(layer, one, top_k, sample, dictionary) for layer, one in zip(evaluator.layers, together)]
-    return Inspection(layers, [one.routing.chosen_mask() for one in together])
+    whole, parts = map(_together, seen), map(_together, sample)
+    found = list(zip(evaluator.layers, whole, parts))
+    layers = [_layer(layer, one, part, top_k, dictionary) for layer, one, part in found]
+    return Inspection(layers, [one.routing.chosen_mask() for _, one, _ in found])
 
 
-def _tokens(x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:
+def _tokens(number: Tensor, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:
     """Of one forward pass, padding left out."""
-    x = x.flatten(0, -2)
-    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if routing.token_mask is None else routing.token_mask
-    chosen, state = routing.chosen, arguments.get("router_state")
-    return Seen(
-        x[counts].float(),
-        Routing(
-            routing.logits[counts],
-            routing.expert_index[counts],
-            routing.gate[counts],
-            chosen=None if chosen is None else chosen[counts],
-        ),
-        arguments["token_ids"].reshape(-1)[counts],
-        None if state is None else state[counts],
+    seen = Seen(
+        number,
+        x.flatten(0, -2).float(),
+        Routing(routing.logits, routing.expert_index, routing.gate, chosen=routing.chosen),
+        arguments["token_ids"].reshape(-1),
+        arguments.get("router_state"),
     )
+    return seen if routing.token_mask is None else _at(seen, routing.token_mask)
+
+
+def _at(seen: Seen, which: Tensor) -> Seen:
+    """Some of the tokens, or all in another order."""
+
+    def at(value: Optional[Tensor]) -> Optional[Tensor]:
+        return None if value is None else value[which]
+
+    return Seen(*(Routing(*map(at, one)) if isinstance(one, Routing) else at(one) for one in seen))
 
 
 def _together(parts: Sequence[Seen]) -> Seen:
+    """In the order of the text."""
+
     def joined(values: Iterable[Optional[Tensor]]) -> Optional[Tensor]:
         values = [value for value in values if value is not None]
         return torch.cat(values) if values else None
 
-    x, routings, token_ids, states = zip(*parts)
-    return Seen(joined(x), Routing(*map(joined, zip(*routings))), joined(token_ids), joined(states))
+    number, x, routings, token_ids, states = zip(*parts)
+    whole = Seen(*map(joined, (number, x)), Routing(*map(joined, zip(*routings))), *map(joined, (token_ids, states)))
+    return _at(whole, whole.number.argsort())
 
 
-def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any) -> Dict[str, Any]:
-    routing = seen.routing
+def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: Any) -> Dict[str, Any]:
+    routing, x = seen.routing, sample.x
     load, entropy = losses.expert_load(routing), metrics.entropy(routing).mean().item()
     E = len(load)
-    x = seen.x[:sample]
     outputs = layer.every_expert(x)  # (T, E, D)
     similarity = statistics.pairwise(cka, outputs.transpose(0, 1).double())
     weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
     cosine = statistics.pairwise(statistics.cosine, weights)
-    terms = list(_routing_terms(layer, seen, outputs, top_k))
+    terms = list(_routing_terms(layer, sample, outputs, top_k))
     others = ~torch.eye(E, dtype=torch.bool)
     return {
         "router_entropy": entropy,
@@ -131,8 +152,8 @@ def _layer(layer: MoELayer, seen: Seen, top_k: int, sample: int, dictionary: Any
 
 
 def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> Iterator[Tensor]:
-    """The routing term of the Jacobian, (D, D), at the first tokens."""
-    for token in range(min(JACOBIANS, len(outputs))):
+    """The routing term of the Jacobian, (D, D), at every n-th token."""
+    for token in range(0, len(outputs), -(-len(outputs) // JACOBIANS)):
         state = None if seen.state is None else seen.state[token : token + 1]
         context = RoutingContext(top_k, token_ids=seen.token_ids[token : token + 1], state=state)
 

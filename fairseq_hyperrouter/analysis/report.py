@@ -5,11 +5,11 @@ import html
 import io
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from . import pictures, statistics
 from .evaluation import Evaluator, labels
-from .inspection import Inspection, inspect
+from .inspection import JACOBIANS, SAMPLE, TOKENS, Inspection, inspect
 from .machine import machine
 from .table import markdown_table
 
@@ -29,19 +29,23 @@ NUMBERS = (
         "mean over pairs",
     ),
     ("mean_weight_similarity", "weight cosine", "of two experts' weights, mean over pairs"),
-    ("hidden_rank", "rank of inputs", "effective rank of the router's input, at most the width"),
+    ("hidden_rank", "rank of inputs", "effective rank of the router's input; at most its width, and the sample"),
     ("jacobian_rank", "rank of J's routing term", "at one token, mean"),
-    ("jacobian_span", "span over tokens", "of the routing terms of all tokens looked at; at most E"),
+    (
+        "jacobian_span",
+        "span over tokens",
+        "of the routing terms of all tokens looked at; at most E for a linear router",
+    ),
 )
 
 
 def report(
-    checkpoints: Sequence[Path], data: str, top_k: Sequence[int], look_at: int, **options: Any
+    checkpoints: Sequence[Path], data: str, top_k: Optional[Sequence[int]], look_at: int, **options: Any
 ) -> Dict[str, Any]:
     """Everything that is measured of the *checkpoints* on a text, as JSON takes it.
 
     Args:
-        top_k: where the loss is evaluated.
+        top_k: where the loss is evaluated; by default 1, 2, 4, ... and all experts.
         look_at: experts per token for what is looked at inside the model.
         options: Evaluator's.
     """
@@ -49,11 +53,9 @@ def report(
     inspections: List[Inspection] = []
     for path, label in zip(checkpoints, labels(checkpoints)):
         evaluator = Evaluator(path, data, label=label, **options)
-        if evaluator.has_experts:
-            evaluator.model.decoder.check_top_k(f"{path}: --top-k", top_k)
-            evaluator.model.decoder.check_top_k(f"{path}: --look-at", [look_at])
-        sweep = [evaluator.at(k) for k in top_k] if evaluator.has_experts else [evaluator.at()]
-        inspection = inspect(evaluator, look_at) if evaluator.has_experts else Inspection([], [])
+        evaluator.top_ks("--look-at", [look_at])
+        sweep = [evaluator.at(k) for k in evaluator.top_ks("--top-k", top_k)]
+        inspection = inspect(evaluator, look_at) if evaluator.layers else Inspection([], [])
         found.append({"label": label, "sweep": sweep, "layers": inspection.layers})
         inspections.append(inspection)
     return {"look_at": look_at, "machine": machine(), "checkpoints": found, "changed": _changed(found, inspections)}
@@ -159,7 +161,12 @@ def _page(content: Dict[str, Any], images: Dict[str, bytes]) -> str:
             *(_token_table(index, layer) for index, layer in enumerate(checkpoint["layers"])),
         ]
     meanings = "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(m)}</li>" for _, t, m in NUMBERS if m)
-    return "\n".join([*parts, f"<h2>What the numbers mean</h2><ul>{meanings}</ul></body></html>"])
+    tokens = (
+        f"Of routing: over at most {TOKENS:,} tokens, evenly from the whole text. Similarity of outputs and rank of "
+        f"inputs: over about {SAMPLE} of these; J's routing term: at about {JACOBIANS}. Layers: the MoE layers, from 0."
+    )
+    end = f"<h2>What the numbers mean</h2><p>{tokens}</p><ul>{meanings}</ul></body></html>"
+    return "\n".join([*parts, end])
 
 
 def _image(name: str, images: Dict[str, bytes], text: str) -> str:
@@ -174,9 +181,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _sweep_table(content: Dict[str, Any]) -> str:
-    rows = [["model", "k", "perplexity", "bits per character", "active parameters", "MFLOPs per token"]]
+    cost = ("total_parameters", "trained_parameters", "frozen_parameters", "active_parameters")
+    names = [name.replace("_", " ") for name in cost]
+    rows = [["model", "k", "perplexity", "bits per character", *names, "MFLOPs per token"]]
     for row in (row for checkpoint in content["checkpoints"] for row in checkpoint["sweep"]):
-        numbers = [f"{row['perplexity']:.3f}", f"{row['bits_per_character']:.4f}", f"{row['active_parameters']:,}"]
+        numbers = [f"{row['perplexity']:.3f}", f"{row['bits_per_character']:.4f}", *(f"{row[name]:,}" for name in cost)]
         rows.append([row["label"], _cell(row["top_k"]), *numbers, f"{row['flops_per_token'] / 1e6:.2f}"])
     return _table(rows)
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 from .evaluation import Evaluator, Row, as_text, labels
 from .pictures import perplexity_curves
@@ -12,27 +12,24 @@ from .table import markdown_table
 def sweep(
     checkpoints: Sequence[Path],
     data: str,
-    top_k: Sequence[int],
+    top_k: Optional[Sequence[int]] = None,
     *,
     top_p: Sequence[float] = (),
     **options: Any,
 ) -> Iterator[Row]:
     """Evaluate every checkpoint at every k, and with the added probabilities *top_p*: a row of ``Evaluator.at`` each.
 
-    A checkpoint without experts gives one row, its "top_k" None. The other *options* are Evaluator's.
+    By default at 1, 2, 4, ... and all of its experts. A checkpoint without experts gives one row, its "top_k" None. The
+    other *options* are Evaluator's.
 
     Raises:
         UserError (a ValueError): a k that a checkpoint cannot have, a file that is missing or of another model.
     """
     for path, label in zip(checkpoints, labels(checkpoints)):
         evaluator = Evaluator(path, data, label=label, **options)
-        if not evaluator.has_experts:
-            yield evaluator.at()
-            continue
-        evaluator.model.decoder.check_top_k(f"{path}: --top-k", top_k)
-        for k in top_k:
+        for k in evaluator.top_ks("--top-k", top_k):
             yield evaluator.at(k)
-        for p in top_p:
+        for p in top_p if evaluator.has_experts else ():
             yield evaluator.at(evaluator.model.decoder.moe_config.moe_expert_count, p)
 
 

@@ -6,8 +6,7 @@ from typing import Dict, Optional
 from ..analysis.allocation import allocate
 from ..analysis.evaluation import Evaluator, Row, as_text
 from ..analysis.sweep import markdown, write
-from ..config import parse_ints
-from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, show
+from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "find how many experts each layer of a model needs"
 
@@ -15,7 +14,7 @@ HELP = "find how many experts each layer of a model needs"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", **CHECKPOINT)
     parser.add_argument("data", **DATA)
-    parser.add_argument("--choices", default=TOP_KS, help="k of a layer, at most the experts (default: %(default)s)")
+    parser.add_argument("--choices", help=f"k of a layer, separated by commas ({TOP_KS})")
     parser.add_argument("--budget", type=float, metavar="MFLOPS", help="per token, forward (default: every budget)")
     parser.add_argument("--test", default="test", help="where what was found is evaluated (default: %(default)s)")
     add_evaluation(parser, files="allocate.json, allocate.md, allocate.png", split="valid")
@@ -24,9 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = begin(args)
     evaluator = Evaluator(args.checkpoint, args.data, **options)
-    choices = parse_ints("--choices", args.choices)
-    if evaluator.has_experts:
-        evaluator.model.decoder.check_top_k("--choices", choices)
+    choices = evaluator.top_ks("--choices", integers("--choices", args.choices))
     found = allocate(evaluator, choices, None if args.budget is None else args.budget * 1e6)
     test = Evaluator(args.checkpoint, args.data, **{**options, "split": args.test})
     rows = [test.at(k) for k in choices] + [test.at(row["top_k"]) for row in found]

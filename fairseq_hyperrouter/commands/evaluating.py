@@ -3,13 +3,14 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, Optional, Sequence
 
 from fairseq.utils import import_user_module
 
+from ..config import parse_ints
 from ..errors import UserError
 
-TOP_KS = "1,2,4,8,16"
+TOP_KS = "default: 1, 2, 4, ... and all experts"
 CHECKPOINT: Dict[str, Any] = {"type": Path, "metavar": "CHECKPOINT", "help": "a language model's checkpoint"}
 DATA = {"metavar": "DATA", "help": "folder made by fairseq-preprocess"}
 
@@ -34,6 +35,11 @@ def begin(args: argparse.Namespace) -> Dict[str, Any]:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, must be a folder")
     return {"split": args.split, "batch_size": args.batch_size, "cpu": args.cpu}
+
+
+def integers(option: str, value: Optional[str]) -> Optional[Sequence[int]]:
+    """What was given to an option, None where nothing was."""
+    return None if value is None else parse_ints(option, value)
 
 
 def show(table: str, written: Iterable[Path]) -> None:

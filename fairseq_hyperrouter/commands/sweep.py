@@ -4,9 +4,8 @@ import argparse
 from typing import List
 
 from ..analysis.sweep import markdown, sweep, write
-from ..config import parse_ints
 from ..errors import UserError
-from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, show
+from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "evaluate checkpoints at several numbers of experts per token"
 
@@ -16,9 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", **DATA)
     parser.add_argument(
         "--top-k",
-        default=TOP_KS,
         help="experts per token, separated by commas, whatever threshold or top-p a checkpoint was trained with "
-        "(default: %(default)s)",
+        f"({TOP_KS})",
     )
     parser.add_argument(
         "--top-p", default="", help="beside: the fewest experts whose probabilities add up to this, as in 0.5,0.9"
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         for row in sweep(
             args.checkpoint,
             args.data,
-            parse_ints("--top-k", args.top_k),
+            integers("--top-k", args.top_k),
             top_p=_parse_shares("--top-p", args.top_p),
             tokens_per_sample=args.tokens_per_sample,
             context_window=args.context_window,

@@ -34,8 +34,9 @@ CHECKPOINTS = ("last", "best")
 _FILE = {"title", "based_on", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
 _SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
+"""Options of fairseq-train that the runner gives itself."""
 _EVALUATION = {"split", "batch-size", "tokens-per-sample", "context-window"}
-"""Options of fairseq-train that the runner gives itself, and those of the sweep that it does not."""
+"""Options of the sweep that it does not."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     for key, value, allowed in (("metric", metric, METRICS), ("checkpoint", checkpoint, CHECKPOINTS)):
         if value not in allowed:
             raise UserError(f"{path}: {key} {value}: choose from {', '.join(allowed)}")
+    logged = content.get("logged", [])
+    if not isinstance(logged, list) or not all(isinstance(name, str) for name in logged):
+        raise UserError(f"{path}: logged {logged}: must be a list of names, as in [train_wps]")
     shared = {**_options(path, "options", content), **_options(path, f"settings: {setting}", chosen)}
     top_k = _numbers(path, "at", content.get("at", [1, 2, 4, 8, 16]))
     seeds = _numbers(path, "seeds", chosen.get("seeds", [1])) if seeds is None else tuple(seeds)
@@ -101,6 +105,9 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         updates = options.get("max-update")
         if not isinstance(updates, int) or updates < 1:
             raise UserError(f"{path}: runs: {name}: max-update {updates}: must be a number of updates")
+        experts = options.get("moe-expert-count")
+        if isinstance(experts, int) and max(at) > experts:
+            raise UserError(f"{path}: runs: {name}: at {max(at)}: must be at most moe-expert-count ({experts})")
         runs += [Run(str(name), row, seed, at, as_arguments(options), updates) for seed in seeds]
     folders = [run.folder for run in runs]
     for run in runs:
@@ -115,7 +122,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         str(content["title"]),
         str(setting),
         metric,
-        tuple(content.get("logged", ())),
+        tuple(logged),
         checkpoint,
         chosen.get("data"),
         as_arguments(evaluation),
@@ -185,7 +192,8 @@ def _checked(path: Path, place: str, options: Any) -> Mapping[str, Any]:
 
 def _mapping(path: Path, place: str, value: Any) -> Dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {place}: must be names with values, as in a: 1")
+        place = f"{place}: " if place else ""
+        raise UserError(f"{path}: {place}must be names with values, as in a: 1")
     return value
 
 
@@ -196,8 +204,8 @@ def _numbers(path: Path, place: str, value: Any) -> Tuple[int, ...]:
 
 
 def _check_keys(path: Path, place: str, value: Any, known: Any, needed: Sequence[str] = ()) -> None:
-    place = f"{place}: " if place else ""
-    for key in _mapping(path, place, value):
+    value, place = _mapping(path, place, value), f"{place}: " if place else ""
+    for key in value:
         if key not in known:
             raise UserError(f"{path}: {place}{key}: no such entry, choose from {', '.join(sorted(known))}")
     for key in needed:

@@ -22,7 +22,7 @@ class Result(NamedTuple):
     sweep: Sequence[Dict[str, Any]]
     """Rows of ``fairseq-hyperrouter sweep``."""
     logged: Dict[str, float]
-    """What its training logged last."""
+    """What its training logged last: means over its last epoch."""
 
 
 def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
@@ -58,12 +58,13 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
     """The table, with what it is about above it: metric at every k, mean ± standard deviation over the seeds."""
     values = collected(experiment, results)
     top_k = sorted({k for row in values.values() for k in row if k is not DENSE})
-    head = [f"{experiment.metric.replace('_', ' ')} at k =", *map(str, top_k), *map(_column, experiment.logged)]
+    numbers = [*map(str, top_k)] or [""]  # where only dense models are done
+    head = [f"{experiment.metric.replace('_', ' ')} at k =", *numbers, *map(_column, experiment.logged)]
     rows = [head]
     for row, at in values.items():
         cells = [_cell(at.get(k, ())) for k in top_k]
         if DENSE in at:
-            cells = [f"{_cell(at[DENSE])} (dense)", *[""] * (len(top_k) - 1)] if top_k else [_cell(at[DENSE])]
+            cells = [f"{_cell(at[DENSE])} (dense)", *[""] * (len(numbers) - 1)]
         own = [result.logged for result in results if result.run.row == row]
         logged = [_cell([one[name] for one in own if name in one]) for name in experiment.logged]
         rows.append([row, *cells, *logged])

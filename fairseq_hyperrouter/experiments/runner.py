@@ -77,7 +77,7 @@ def results(experiment: Experiment, out: Path) -> List[Result]:
 
 
 def _check_folder(folder: Path, run: Run, experiment: Experiment, data: str) -> None:
-    """Write down the run's options; a UserError where it was trained with others.
+    """Write down the run's options; a UserError where it was trained with others, if only to its first checkpoint.
 
     Where it was evaluated otherwise, that result is removed, and the run will be evaluated anew.
     """
@@ -90,11 +90,21 @@ def _check_folder(folder: Path, run: Run, experiment: Experiment, data: str) -> 
         return
     before = json.loads(file.read_text())
     changed = sorted(set(_pairs(before)) ^ set(_pairs(options)))
-    if changed:
+    if changed and _has_begun(folder):
         raise UserError(f"{folder}: holds a run with other options ({', '.join(changed)}): move it, or give --out")
-    if any(before.get(name) != options[name] for name in EVALUATED_BY):
+    if changed or any(before.get(name) != options[name] for name in EVALUATED_BY):
         (folder / SWEEP).unlink(missing_ok=True)
         _write(file, options)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is a training, running or saved, that other options would make worthless."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return (folder / LOGGED).exists() or any(folder.glob("checkpoint*.pt"))
 
 
 def _pairs(options: Dict[str, Any]) -> List[str]:

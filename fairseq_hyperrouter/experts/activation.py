@@ -21,7 +21,7 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]
     """(gradient of the activation, what was kept) -> gradient of the pre-activation; may overwrite the first."""
     keeps_output: bool
-    """Whether the activation is kept for the backward pass, or the pre-activation."""
+    """Whether the activation is kept for the backward pass, with what dropout made of it, or the pre-activation."""
 
 
 def _relu_backward(gradient: Tensor, activated: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
     """softmax(q k^T / sqrt(d)) v over the keys up to a query's own: (T, B, H, d) -> (T, B, H, d).
 
     1. On a GPU, and where whole blocks of keys are hidden, torch leaves out what it can.
-    2. Of a short context on a CPU it leaves out nothing. There the queries go in pieces, each with the keys that its
-       last one sees; at T = 512 that takes 0.7 to 0.9 of the time.
+    2. Of a short context on a CPU it leaves out nothing. There, but in the shortest, the queries go in pieces, each
+       with the keys that its last one sees; at T = 512 that takes 0.7 to 0.9 of the time.
     3. At inference, in float32 on an AMD's CPU, C code of ours (causal_attention.c) takes 0.6 of that again. Not in
        training even without gradients: checkpointed activations are computed again with them, and must be the same.
     """

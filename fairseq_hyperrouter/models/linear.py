@@ -31,5 +31,6 @@ class Linear(nn.Linear):
         many = x.numel() >= ROWS * self.in_features
         if self.training or not many or not serves_inference(x, *parameters):
             return F.linear(x, self.weight, self.bias)
-        rows, weight = x.reshape(-1, self.in_features), self.weight.contiguous()
-        return NativeProducts.rows(rows, None, weight, self.bias, transposed=True).view(*x.shape[:-1], -1)
+        rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()
+        bias = None if self.bias is None else self.bias.contiguous()
+        return NativeProducts.rows(rows, None, weight, bias, transposed=True).view(*x.shape[:-1], -1)

@@ -35,7 +35,8 @@ typedef struct {
 
 INLINE const float *row_of(const matrix *m, int64_t r) { return m->at + (m->index ? m->index[r] : r) * m->stride; }
 
-/* rows x WIDE sums over k. rows, down and along are numbers that the compiler knows: the first matrix's entry of row i
+/* rows x WIDE sums over k, which begin at start[WIDE]; row i's are written to to[i], or with add, times scale[i], added to
+   what is there. rows, down and along are numbers that the compiler knows: the first matrix's entry of row i
    at place p lies at a[i * down + p * along]. */
 INLINE void tile(const int rows, const int down, const int along, int64_t k, const float *a, const float *b,
                  float *const *to, const float *scale, const float *start, const int add)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
+from fairseq_hyperrouter.analysis import inspection
 from fairseq_hyperrouter.analysis.inspection import inspect
 from fairseq_hyperrouter.criterions.routing_metrics import log_routing, routing_sums
 from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
@@ -21,13 +22,25 @@ LOGGED = {
 
 
 def evaluator(model, samples):
+    """Of samples that follow each other in the text."""
+    lengths, numbered = [], []
+    for sample in samples:
+        ids = torch.arange(len(sample["target"])) + len(lengths)
+        lengths += sample["net_input"]["src_lengths"].tolist()
+        numbered.append({**sample, "id": ids})
+
     def forward(sample):
         return model(**sample["net_input"])
 
-    task = SimpleNamespace(target_dictionary=tiny_dictionary())
-    layers = [layer.moe for layer in model.decoder.layers]
     return SimpleNamespace(
-        model=model, layers=layers, task=task, label="tiny", batches=lambda prefix: samples, forward=forward
+        model=model,
+        layers=[layer.moe for layer in model.decoder.layers],
+        task=SimpleNamespace(target_dictionary=tiny_dictionary(), dataset=lambda split: SimpleNamespace(sizes=lengths)),
+        split="valid",
+        label="tiny",
+        device="cpu",
+        batches=lambda prefix: numbered,
+        forward=forward,
     )
 
 
@@ -68,6 +81,42 @@ def test_the_report_measures_what_is_logged(options):
         assert any(layer["margin"] < 0 for layer in layers)
     else:
         assert all(layer["mean_experts"] == 2 for layer in layers)
+
+
+def test_which_tokens_depends_on_the_text_alone(monkeypatch):
+    """Not on how it is cut into batches, nor on their order."""
+    monkeypatch.setattr(inspection, "TOKENS", 30)
+    monkeypatch.setattr(inspection, "SAMPLE", 10)
+    monkeypatch.setattr(inspection, "JACOBIANS", 4)
+    model, lengths = tiny_model(moe_router="recurrent").eval(), (9, 5, 7, 8, 3, 9, 6, 9)
+    whole = tiny_sample(lengths)
+    parts = []
+    for row, length in enumerate(lengths):
+        net_input = {
+            "src_tokens": whole["net_input"]["src_tokens"][[row], :length],
+            "src_lengths": torch.tensor([length]),
+        }
+        parts.append({"net_input": net_input, "target": whole["target"][[row], :length], "id": torch.tensor([row])})
+    found = [inspect(evaluator(model, [whole]), 2)]
+    for samples in (parts, parts[::-1]):
+        one = evaluator(model, [whole])
+        one.batches = lambda prefix, samples=samples: samples
+        found.append(inspect(one, 2))
+    for other in found[1:]:
+        for layer, expected in zip(other.layers, found[0].layers):
+            assert {**layer, "top_tokens": 0} == approx({**expected, "top_tokens": 0})
+            assert layer["top_tokens"] == expected["top_tokens"]
+        assert all(map(torch.equal, other.chosen, found[0].chosen))
+    assert len(found[0].chosen[0]) == 28  # every second of 56
+
+
+def approx(numbers):
+    return {
+        name: [pytest.approx(one, rel=1e-4, abs=1e-6) for one in value]
+        if isinstance(value, list)
+        else pytest.approx(value, rel=1e-4, abs=1e-6)
+        for name, value in numbers.items()
+    }
 
 
 def test_similarity_of_unrelated_and_equal_experts():
