@@ -83,6 +83,12 @@ def test_as_arguments():
         ({"metric": "loss"}, r"metric loss: choose from perplexity, bits_per_character, bits_per_token"),
         ({"at": 3}, r"at 3: must be a list of whole numbers"),
         ({"at": []}, r"at \[\]: must be a list"),
+        (
+            {"at": [1, 8], "options": {"moe-expert-count": 4, "max-update": 1}},
+            r"runs: SMoE: at 8: must be at most moe-expert-count \(4\)",
+        ),
+        ({"logged": "train_wps"}, r"logged train_wps: must be a list of names"),
+        ({"logged": [3]}, r"logged \[3\]: must be a list of names"),
         ({"options": {"seed": 3}}, r"options: seed: is the runner's to give"),
         ({"options": {"lr": [1]}}, r"options: lr: must be one value"),
         ({"options": {}, "settings": {"a": {}}}, r"runs: SMoE: max-update None: must be a number of updates"),
@@ -106,6 +112,9 @@ def test_mistakes_about_the_file(tmp_path):
     path = written(tmp_path)
     path.write_text("a: [")
     with pytest.raises(UserError, match=r"some.yaml: is no YAML: while parsing"):
+        read_experiment(path)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match=r"some.yaml: must be names with values"):
         read_experiment(path)
     path.write_text("title: x")
     with pytest.raises(UserError, match=r"some.yaml: runs: is missing"):

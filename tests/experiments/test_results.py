@@ -37,6 +37,13 @@ def test_table():
     ]
 
 
+def test_table_of_dense_models_alone():
+    """As long as nothing else is done."""
+    table = markdown(EXPERIMENT, RESULTS[-1:], "").split("\n\n")[-1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0] == ["perplexity at k =", "", "training tokens/s"] and cells[2] == ["dense", "12.25 (dense)", ""]
+
+
 @pytest.mark.parametrize("which", [RESULTS, RESULTS[-1:]], ids=["all", "dense alone"])
 def test_files(tmp_path, which):
     paths = write_results(EXPERIMENT, which, tmp_path, "the command")
