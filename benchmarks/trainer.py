@@ -1,4 +1,4 @@
-"""fairseq-train and fairseq-eval-lm with experts beside stock transformer_lm with as many active FLOPs.
+"""fairseq-train with experts beside stock transformer_lm with as many active FLOPs.
 
 CPU time per update is that of a longer training less that of a shorter one, over the updates between: starting and
 stopping cancel out. Runs take turns.

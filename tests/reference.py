@@ -127,6 +127,13 @@ def entropy(logits, chosen, padding=None):
     return sum(-sum(p * p.log() for p in probability) for probability, _, _ in tokens) / len(tokens)
 
 
+def inner_balance(logits, chosen, padding=None):
+    """Geometric mean over tokens of the probability of the best expert over the second's."""
+    tokens = counted(logits, chosen, padding)
+    best = [sorted((p.item() for p in probability), reverse=True) for probability, _, _ in tokens]
+    return math.prod(p[0] / p[1] for p in best) ** (1 / len(best))
+
+
 def outer_balance(logits, chosen, padding=None):
     """Mean over tokens of the probability of the chosen experts together."""
     tokens = counted(logits, chosen, padding)

@@ -131,7 +131,7 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
     return {
         "router_entropy": entropy,
         "normalised_entropy": entropy / math.log(max(2, E)),
-        "inner_balance": metrics.inner_balance(routing).median().item(),
+        "inner_balance": metrics.log_inner_balance(routing).mean().exp().item(),
         "outer_balance": metrics.outer_balance(routing).mean().item(),
         "margin": metrics.margin(routing).mean().item(),
         "load": (load / load.sum()).tolist(),

@@ -16,7 +16,7 @@ from .table import markdown_table
 NUMBERS = (
     ("router_entropy", "router entropy, nats", "of the softmax over all experts; ln E when undecided"),
     ("normalised_entropy", "entropy / ln E", ""),
-    ("inner_balance", "p1 / p2", "probability of the best expert over the second's, median"),
+    ("inner_balance", "p1 / p2", "probability of the best expert over the second's, geometric mean"),
     ("outer_balance", "mass of the chosen", "probability of the chosen experts together"),
     ("margin", "margin", "how much the logits of the chosen experts are above those of the others"),
     ("coefficient_of_variation", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),

@@ -27,6 +27,7 @@ _SUMS = {
     "moe_dropped": _total(of_routing.dropped),
 }
 _SUMS_PER_LAYER = {
+    "moe_inner_balance": _total(of_routing.log_inner_balance),
     "moe_outer_balance": _total(of_routing.outer_balance),
     "moe_margin": _total(of_routing.margin),
 }
@@ -66,6 +67,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     With ``--moe-log-layers`` each of every layer too, moe_router_entropy_layer0 for the first, and
 
     moe_load_cv_layer0        standard deviation of the experts' loads over their mean; 0 when even
+    moe_inner_balance_layer0  probability of a token's best expert over the second's, geometric mean
     moe_outer_balance_layer0  probability of a token's chosen experts together
     moe_margin_layer0         by how much the logits of a token's chosen experts are above those of the others
     """
@@ -93,6 +95,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     if names is _SUMS:
         return
     per_layer["moe_load_cv"] = (of_routing.load_cv(load), 3)
+    per_layer["moe_inner_balance"] = ((sums["moe_inner_balance"] / tokens).exp(), 3)
     per_layer["moe_outer_balance"] = (sums["moe_outer_balance"] / tokens, 3)
     per_layer["moe_margin"] = (sums["moe_margin"] / tokens, 3)
     layers = ran.nonzero().flatten().tolist()

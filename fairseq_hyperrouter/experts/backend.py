@@ -82,16 +82,18 @@ def compute_ordered(
     name: str, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
 ) -> Tensor:
     """The same where the assignments have been ordered by expert."""
-    chosen = _fastest(x, dispatch, weights) if name == AUTO else name
+    chosen = _fastest(x, weights) if name == AUTO else name
+    if chosen == "native" and x.dtype != torch.float32:
+        chosen = "runs"  # what it is but for float32
     _check_inputs(chosen, x, weights)
     _log_once(chosen, x)
     return BACKENDS[chosen](x, dispatch, gate, weights, hidden)
 
 
-def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
+def _fastest(x: Tensor, weights: ExpertWeights) -> str:
     can_group = _aligned(x, weights) and HAS_GROUPED_MM
     if x.device.type == "cpu":
-        return "native" if x.dtype == torch.float32 and native_is_faster() else "runs"
+        return "native" if native_is_faster() else "runs"
     if x.device.type != "cuda":
         return "loop"
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.

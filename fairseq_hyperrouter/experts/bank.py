@@ -94,7 +94,11 @@ class ExpertBank(nn.Module):
 
         Returns:
             y (T, D); zero for a token none of whose assignments is kept.
+
+        Raises:
+            UserError (a ValueError): other shapes, which C code would read as these.
         """
+        self._check_shapes(x, expert_index, gate, kept)
         weights = ExpertWeights(self.weight1, self.bias1, self.weight2, self.bias2)
         if self.parallel is not None:
             # Data parallelism averages gradients over the workers; those of these experts already are of all tokens.
@@ -107,6 +111,16 @@ class ExpertBank(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weights = ExpertWeights(*(weight.to(dtype) for weight in weights))
             return self._compute(x.to(dtype), expert_index, gate, kept, weights)
+
+    def _check_shapes(self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor]) -> None:
+        T, D, shape = len(x), self.weight1.size(1), expert_index.shape
+        if x.shape != (T, D):
+            raise UserError(f"expert bank x {tuple(x.shape)}: must be (T, {D})")
+        if len(shape) != 2 or len(expert_index) != T or gate.shape != shape:
+            found = f"expert_index {tuple(shape)}, gate {tuple(gate.shape)}"
+            raise UserError(f"expert bank {found}: must both be ({T}, K)")
+        if kept is not None and (kept.shape != shape or kept.dtype != torch.bool):
+            raise UserError(f"expert bank kept {tuple(kept.shape)} {kept.dtype}: must be {tuple(shape)} torch.bool")
 
     def _compute(
         self, x: Tensor, expert_index: Tensor, gate: Tensor, kept: Optional[Tensor], weights: ExpertWeights

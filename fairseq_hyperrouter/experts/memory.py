@@ -20,6 +20,20 @@ def _libc() -> Optional[ctypes.CDLL]:
 
 
 _LIBC = _libc()
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_KEPT = 32 * 2**20  # glibc takes no larger one
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, in pieces of up to 32 MiB, for its next tensors.
+
+    It gives free memory at the end of its heap back to the kernel, and gets it again page by page, each zeroed at its
+    first touch. An elementwise step over 4 MiB of such memory takes twice as long; without, an evaluation with one
+    expert per token takes 0.86 of the time. The price is that a process does not shrink.
+    """
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def in_huge_pages(room: Tensor) -> Tensor:

@@ -171,6 +171,7 @@ def serves_inference(*tensors: Tensor) -> bool:
     """Whether C code of ours can compute with *tensors*, and is faster, where no derivative is asked for."""
     return (
         native_is_faster()
+        and not torch.jit.is_tracing()
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and not trains(*tensors)
         and not has_tangents(*tensors)

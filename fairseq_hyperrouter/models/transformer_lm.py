@@ -35,6 +35,7 @@ from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.experts.backend import AUTO
+from fairseq_hyperrouter.experts.memory import keep_freed_memory
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
@@ -62,6 +63,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "HyperRouterLanguageModel":
         mend_config(args)
+        keep_freed_memory()
         is_training = _is_training(task)
         moe = _check(args, task, is_training)
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts

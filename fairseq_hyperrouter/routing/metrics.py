@@ -16,13 +16,13 @@ def entropy(routing: Routing) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def inner_balance(routing: Routing) -> Tensor:
-    """(T,) p1 / p2, the probability of the best expert over that of the second (RMoE, arXiv 2408.06793).
+def log_inner_balance(routing: Routing) -> Tensor:
+    """(T,) ln (p1 / p2), of the probability of the best expert over that of the second (RMoE, arXiv 2408.06793).
 
-    1 where there is no second.
+    0 where there is no second. Of many tokens the geometric mean of p1 / p2 is reported: some are sure beyond measure.
     """
     largest = routing.logits.topk(min(2, routing.logits.size(-1)), dim=-1).values
-    return (largest[:, 0] - largest[:, -1]).exp()
+    return largest[:, 0] - largest[:, -1]
 
 
 def outer_balance(routing: Routing) -> Tensor:

@@ -13,6 +13,7 @@ from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
 
 LOGGED = {
     "router_entropy": "moe_router_entropy",
+    "inner_balance": "moe_inner_balance",
     "outer_balance": "moe_outer_balance",
     "margin": "moe_margin",
     "coefficient_of_variation": "moe_load_cv",

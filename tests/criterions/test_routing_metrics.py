@@ -65,12 +65,13 @@ def test_metrics_per_layer(options):
         ("balance_loss", reference.balance_loss),
         ("router_entropy", reference.entropy),
         ("load_cv", reference.load_cv),
+        ("inner_balance", reference.inner_balance),
         ("outer_balance", reference.outer_balance),
         ("margin", reference.margin),
     ):
         for layer, value in enumerate(reference.of_layers(function, routings, padding)):
             assert metric[f"moe_{name}_layer{layer}"] == pytest.approx(value, abs=1e-3), name
-    assert len(metric) == MEANS + len(routings) * (MEANS + 3)
+    assert len(metric) == MEANS + len(routings) * (MEANS + 4)
 
 
 def test_dropped_share():

@@ -76,3 +76,23 @@ def test_shared_experts_dropout_in_training_only():
     assert not torch.equal(shared(x), shared(x))
     shared.eval()
     assert torch.equal(shared(x), shared(x))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"x": torch.zeros(5, 3)}, r"x \(5, 3\): must be \(T, 8\)"),
+        ({"x": torch.zeros(8)}, r"x \(8,\): must be \(T, 8\)"),
+        ({"x": torch.zeros(4, 8)}, r"expert_index \(5, 2\), gate \(5, 2\): must both be \(4, K\)"),
+        ({"gate": torch.zeros(5, 1)}, r"expert_index \(5, 2\), gate \(5, 1\): must both be \(5, K\)"),
+        ({"kept": torch.ones(5, 2)}, r"kept \(5, 2\) torch.float32: must be \(5, 2\) torch.bool"),
+        ({"kept": torch.ones(5, 1, dtype=torch.bool)}, r"kept \(5, 1\) torch.bool: must be \(5, 2\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_wrong_shapes(wrong, message, gradients):
+    """C code would read other memory."""
+    right = {"x": torch.zeros(5, 8), "expert_index": torch.zeros(5, 2, dtype=torch.long), "gate": torch.zeros(5, 2)}
+    with torch.set_grad_enabled(gradients), pytest.raises(UserError, match=message):
+        ExpertBank(3, 8, 4)(**{**right, **wrong})

@@ -74,6 +74,10 @@ def test_when_products_of_ours_are_used(used, monkeypatch) -> None:
         assert is_used(x)
         assert not is_used(x[:, :3])  # too few
         assert not is_used(x[:0])
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(torch.randn(32, 4))
+        traced = torch.jit.trace(linear, x)
+        torch.testing.assert_close(traced(2 * x), linear(2 * x))
         linear.train()
         assert not is_used(x)  # may be computed again with gradients
         linear.eval()

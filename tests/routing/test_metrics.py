@@ -25,12 +25,12 @@ def test_entropy():
 def test_balance_and_margin():
     """Probabilities 0.5, 0.25, 0.125, 0.125."""
     logits = torch.tensor([[0.5, 0.125, 0.25, 0.125]]).log()
-    assert metrics.inner_balance(of(logits)).item() == pytest.approx(2)
+    assert metrics.log_inner_balance(of(logits)).item() == pytest.approx(math.log(2))
     assert metrics.outer_balance(of(logits, [[0, 2]])).item() == pytest.approx(0.75)
     assert metrics.margin(of(logits, [[0]])).item() == pytest.approx(math.log(2))
     assert metrics.margin(of(logits, [[0, 2]])).item() == pytest.approx(math.log(2))
     assert metrics.margin(of(logits, [[0, 2, 1]])).item() == pytest.approx(0, abs=1e-7)
-    assert metrics.inner_balance(of(torch.randn(3, 1))).tolist() == [1, 1, 1]
+    assert metrics.log_inner_balance(of(torch.randn(3, 1))).tolist() == [0, 0, 0]
 
 
 def test_margin_and_outer_balance_of_the_experts_that_were_chosen():
