@@ -28,8 +28,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep what this process frees, in pieces of up to 32 MiB, for its next tensors.
 
     It gives free memory at the end of its heap back to the kernel, and gets it again page by page, each zeroed at its
-    first touch. An elementwise step over 4 MiB of such memory takes twice as long; without, an evaluation with one
-    expert per token takes 0.86 of the time. The price is that a process does not shrink.
+    first touch. Without that, forward passes over 4,096 tokens with one expert each took 0.86 of the time, a whole
+    evaluation 0.96. The price is that a process does not shrink.
     """
     if hasattr(_LIBC, "mallopt"):
         _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
