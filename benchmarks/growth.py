@@ -22,8 +22,8 @@ def main() -> None:
     x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
     dense = Dense(D, HIDDEN, 1, TOP_K)
     layers = {E: {"ours": Ours(D, HIDDEN, E, TOP_K), "raw": RawGroupedMM(D, HIDDEN, E, TOP_K)} for E in EXPERTS}
-    steps = {("dense", 0): step(dense, x, dy)}
-    steps.update({(name, E): step(layer, x, dy) for E in EXPERTS for name, layer in layers[E].items()})
+    steps = {("dense", 0): partial(step, dense, x, dy)}
+    steps.update({(name, E): partial(step, layer, x, dy) for E in EXPERTS for name, layer in layers[E].items()})
     seconds = medians(interleaved(steps, repeats, renew=partial(draw, x)))
     limit = seconds["dense", 0]
     rows = [["E", "milliseconds", "x dense", "x E = 8", "rows per expert", "raw grouped_mm (no biases), x dense"]]

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -31,24 +31,38 @@ def parser(description: Optional[str]) -> argparse.ArgumentParser:
     return arguments
 
 
+class Clock(NamedTuple):
+    """What marks a moment, and the seconds between two marks, asked for when everything has been called."""
+
+    mark: Callable[[], Any]
+    between: Callable[[Any, Any], float]
+
+
+CPU_TIME = Clock(time.process_time, lambda begin, end: end - begin)
+
+
 def interleaved(
-    functions: Dict[Any, Callable[[], Any]], repeats: int, number: int = 1, renew: Callable[[], Any] = lambda: None
+    functions: Dict[Any, Callable[[], Any]],
+    repeats: int,
+    number: int = 1,
+    renew: Callable[[], Any] = lambda: None,
+    clock: Clock = CPU_TIME,
 ) -> Dict[Any, List[float]]:
-    """Seconds of CPU time per call of each function: *repeats* rounds of *number* calls of each, in turns.
+    """Seconds per call of each function: *repeats* rounds of *number* calls of each, in turns.
 
     *renew* is called, and not timed, before every round.
     """
-    seconds: Dict[Any, List[float]] = {name: [] for name in functions}
+    marks: Dict[Any, List[Any]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
         renew()
         for name, function in functions.items():
-            start = time.process_time()
+            begin = clock.mark()
             for _ in range(number):
                 function()
-            seconds[name].append((time.process_time() - start) / number)
-    return seconds
+            marks[name].append((begin, clock.mark()))
+    return {name: [clock.between(*pair) / number for pair in pairs] for name, pairs in marks.items()}
 
 
 def medians(seconds: Dict[Any, List[float]]) -> Dict[Any, float]:

@@ -32,12 +32,13 @@ def main() -> None:
         rows, memory, milliseconds = {}, {}, {}
         for K in progress(TOP_KS, f"d {D}, F {hidden}"):
             x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
-            steps = {name: step(layer, x, dy) for name, layer in build_all(D, hidden, 16, K).items()}
+            layers = build_all(D, hidden, 16, K)
+            steps = {name: partial(step, layer, x, dy) for name, layer in layers.items()}
             seconds = medians(interleaved(steps, repeats if D == 256 else min(repeats, 5), renew=partial(draw, x)))
             milliseconds[K] = seconds[DENSE] * 1e3
             for name, run in steps.items():
                 rows.setdefault(name, {})[K] = seconds[name] / seconds[DENSE]
-                memory.setdefault(name, {})[K] = peak_bytes(run, lambda run=run: _forget(*run.args[:2])) / 2**20
+                memory.setdefault(name, {})[K] = peak_bytes(run, partial(forget, layers[name], x)) / 2**20
         shape = f"T {tokens}, d {D}, F {hidden}, E 16"
         head = ["", *(f"k={K}" for K in TOP_KS)]
         ratios = [[name, *(rows[name].get(K, "") for K in TOP_KS)] for name in rows if name != DENSE]
@@ -55,17 +56,14 @@ def draw(x: Tensor) -> None:
     x.normal_().add_(torch.randn(x.size(1)), alpha=SHIFT)
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> "partial[None]":
-    """A call that goes forward and backward once."""
-    return partial(_step, layer, x, dy)
-
-
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-    _forget(layer, x)
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Forward and backward, once."""
+    forget(layer, x)
     layer(x).backward(dy)
 
 
-def _forget(layer: nn.Module, x: Tensor) -> None:
+def forget(layer: nn.Module, x: Tensor) -> None:
+    """The gradients of the last step."""
     for tensor in (x, *layer.parameters()):
         tensor.grad = None
 

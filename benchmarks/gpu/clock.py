@@ -1,46 +1,32 @@
-"""Time and memory on a GPU; on a CPU, for trying out, by the wall clock.
+"""Time and memory on a GPU; where there is none, for trying out, those of the CPU.
 
-Work on a GPU is queued, so it is timed by events in the queue. What is compared runs in turns.
+Work on a GPU is queued, so it is timed by events in the queue.
 """
 
-import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 
-WARM_UP = 3
+from .. import harness
+from ..harness import CPU_TIME, Clock, interleaved, medians
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
 
 
-def device() -> torch.device:
-    """Where everything runs."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def interleaved(functions: Dict[Any, Callable[[], Any]], repeats: int) -> Dict[Any, float]:
-    """Median seconds per call of each function, in turns, after a few calls of each that do not count."""
-    for function in functions.values():
-        for _ in range(WARM_UP):
-            function()
-    times: Dict[Any, List[Callable[[], float]]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(_timed(function))
-    _wait()
-    return {name: statistics.median(seconds() for seconds in calls) for name, calls in times.items()}
+def _between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
-def _timed(function: Callable[[], Any]) -> Callable[[], float]:
-    if device().type == "cpu":
-        start = time.perf_counter()
-        function()
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    return lambda: begin.elapsed_time(end) / 1e3
+CLOCK = Clock(_event, _between) if ON_GPU else CPU_TIME
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
@@ -52,14 +38,15 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(function: Callable[[], Any]) -> Optional[int]:
-    """The most memory that tensors took during a call, above what was there before; None on a CPU."""
-    if device().type == "cpu":
-        return None
+def peak_bytes(function: Callable[[], Any], forget: Callable[[], Any]) -> int:
+    """As the harness's, of the GPU's memory."""
+    if not ON_GPU:
+        return harness.peak_bytes(function, forget)
+    function()
+    forget()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
-    _wait()
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -68,12 +55,12 @@ def graphed(function: Callable[[], Any]) -> Optional[Callable[[], None]]:
 
     It cannot when it waits for the GPU, as for a count of tokens.
     """
-    if device().type == "cpu":
+    if not ON_GPU:
         return None
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+        for _ in range(3):  # what is chosen or allocated at the first calls must not be captured
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -86,20 +73,22 @@ def graphed(function: Callable[[], Any]) -> Optional[Callable[[], None]]:
     return graph.replay
 
 
-def limits(size: int = 8192) -> Dict[str, float]:
+def limits(size: int) -> Dict[str, float]:
     """What this machine reaches: TFLOP/s of a large product of random numbers, TB/s of a copy, read and written."""
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-        seconds = interleaved({"product": lambda a=a, b=b: a @ b}, repeats=10)["product"]
-        found[f"{str(dtype)[6:]} TFLOP/s"] = 2 * size**3 / seconds / 1e12
-    source = torch.randn(size, size, 4, device=device())
+        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        found[f"{str(dtype)[6:]} TFLOP/s"] = 2 * size**3 / _median(lambda a=a, b=b: a @ b) / 1e12
+    source = torch.randn(size, size, 4, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, repeats=10)["copy"]
-    found["copy TB/s"] = 2 * source.numel() * source.itemsize / seconds / 1e12
+    found["copy TB/s"] = 2 * source.nbytes / _median(lambda: target.copy_(source)) / 1e12
     return found
 
 
+def _median(function: Callable[[], Any]) -> float:
+    return medians(interleaved({"": function}, repeats=10, clock=CLOCK))[""]
+
+
 def _wait() -> None:
-    if device().type == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()

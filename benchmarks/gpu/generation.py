@@ -13,7 +13,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import nn
 
 from ..harness import parser, progress, report
-from .clock import device, seconds_of
+from .clock import DEVICE, ON_GPU, seconds_of
 from .trainer import SMALL, experts, stock
 
 BATCHES = (1, 64)
@@ -26,7 +26,7 @@ def main() -> None:
     options.add_argument("data", help="folder made by fairseq-preprocess")
     args = options.parse_args()
     length, repeats = (3, 1) if args.quick else (256, 3)
-    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
     rows: List[List[Any]] = [["batch", "k", "dense, tokens/s", "hyperrouter, tokens/s", "hyperrouter / dense"]]
     details = {}
     for batch in progress(BATCHES, "batches"):
@@ -49,7 +49,7 @@ def main() -> None:
 def _build(arguments: List[str], dtype: torch.dtype) -> nn.Module:
     args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), arguments)
     cfg = convert_namespace_to_omegaconf(args)
-    model = tasks.setup_task(cfg.task).build_model(cfg.model).to(device(), dtype)
+    model = tasks.setup_task(cfg.task).build_model(cfg.model).to(DEVICE, dtype)
     model.make_generation_fast_()  # as fairseq-generate does
     return model
 
@@ -57,7 +57,7 @@ def _build(arguments: List[str], dtype: torch.dtype) -> nn.Module:
 @torch.no_grad()
 def generate(model: Any, batch: int, length: int) -> torch.Tensor:
     """(batch, length) the likeliest token after the other, from fairseq's end-of-sentence symbol on."""
-    tokens = torch.full((batch, 1), model.decoder.dictionary.eos(), device=device())
+    tokens = torch.full((batch, 1), model.decoder.dictionary.eos(), device=DEVICE)
     state: Dict[str, Any] = {}
     for _ in range(length):
         logits, _ = model.decoder(tokens, incremental_state=state)

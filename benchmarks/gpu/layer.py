@@ -5,15 +5,15 @@ python -m benchmarks.gpu.layer [--quick]
 
 import gc
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..harness import parser, progress, report
-from ..layer import step
+from ..harness import interleaved, medians, parser, progress, report
+from ..layer import forget, step
 from ..peers import DENSE, OURS, PEERS, Builder, Dense, Ours
-from .clock import device, graphed, interleaved, limits, peak_bytes
+from .clock import CLOCK, DEVICE, graphed, limits, peak_bytes
 
 
 class Shape(NamedTuple):
@@ -39,6 +39,7 @@ LAYERS: Dict[str, Builder] = {
     **{name: PEERS[name] for name in OTHERS},
 }
 GRAPHED = ", CUDA graph"
+AS_GRAPHS = (DENSE, OURS, OTHERS[0])
 
 
 def main() -> None:
@@ -57,63 +58,61 @@ def main() -> None:
     report("gpu.layer", tables, details)
 
 
-def _measure(shape: Shape, top_k: int, dtype: torch.dtype, repeats: int) -> Dict[str, Dict[str, float]]:
-    """{layer: its seconds, those over the dense layer's timed in turns with it, TFLOP/s and MiB}."""
-    x = torch.randn(shape.tokens, shape.D, device=device(), dtype=dtype, requires_grad=True)
-    dy = torch.randn_like(x)
-    flops = 12 * shape.tokens * top_k * shape.D * shape.hidden
-    found: Dict[str, Dict[str, float]] = {}
-    for name, builder in {DENSE: Dense, **LAYERS}.items():
+Figures = Dict[str, Dict[str, float]]
+"""{layer: its seconds, those over the dense layer's timed in turns with it, TFLOP/s and MiB}"""
+
+
+def _measure(shape: Shape, top_k: int, dtype: torch.dtype, repeats: int) -> Figures:
+    x = torch.randn(shape.tokens, shape.D, device=DEVICE, dtype=dtype, requires_grad=True)
+    found: Figures = {}
+    for name in (DENSE, *LAYERS):
         try:
-            steps = {DENSE: step(_build(Dense, shape, top_k, dtype), x, dy)}
-            steps[name] = step(_build(builder, shape, top_k, dtype), x, dy)
-            for own in (DENSE, name):
-                as_graph = graphed(steps[own]) if name in (DENSE, OURS, OTHERS[0]) else None
-                if as_graph is not None:
-                    steps[own + GRAPHED] = as_graph
-            peak = peak_bytes(steps[name])
-            seconds = interleaved(steps, repeats)
+            found.update(_beside_dense(name, shape, top_k, x, repeats))
         except (ImportError, RuntimeError, ValueError) as error:  # not installed, out of memory, no such product here
             print(f"{name}, k = {top_k}, {dtype}: left out, {str(error).splitlines()[0]}")
-            continue
-        finally:
-            steps = {}
-            gc.collect()
-            if device().type == "cuda":
-                torch.cuda.empty_cache()
-        for own in (name, name + GRAPHED):
-            if own in seconds:
-                dense = seconds.get(own.replace(name, DENSE), seconds[DENSE])
-                found[own] = {"seconds": seconds[own], "ratio": seconds[own] / dense}
-                found[own]["tflops"] = flops / seconds[own] / 1e12
-        if peak is not None:
-            found[name]["mebibytes"] = peak / 2**20
+        gc.collect()
+        torch.cuda.empty_cache()
     return found
 
 
-def _build(builder: Callable[..., nn.Module], shape: Shape, top_k: int, dtype: torch.dtype) -> nn.Module:
-    with torch.device(device()):
+def _beside_dense(name: str, shape: Shape, top_k: int, x: Tensor, repeats: int) -> Figures:
+    dy = torch.randn_like(x)
+    layers = {of: _build({DENSE: Dense, **LAYERS}[of], shape, top_k, x.dtype) for of in (DENSE, name)}
+    steps = {of: partial(step, layer, x, dy) for of, layer in layers.items()}
+    graphs = {of + GRAPHED: graphed(run) for of, run in steps.items()} if name in AS_GRAPHS else {}
+    peak = peak_bytes(steps[name], partial(forget, layers[name], x))
+    timed = steps if None in graphs.values() else {**steps, **graphs}
+    seconds = medians(interleaved(timed, repeats, clock=CLOCK))
+    found = {}
+    for kind in ("", GRAPHED):
+        if name + kind in seconds:
+            own, dense = seconds[name + kind], seconds[DENSE + kind]
+            tflops = 12 * shape.tokens * top_k * shape.D * shape.hidden / own / 1e12
+            found[name + kind] = {"seconds": own, "ratio": own / dense, "tflops": tflops}
+    found[name]["mebibytes"] = peak / 2**20
+    return found
+
+
+def _build(builder: Builder, shape: Shape, top_k: int, dtype: torch.dtype) -> nn.Module:
+    with DEVICE:
         return builder(shape.D, shape.hidden, shape.E, top_k).to(dtype)
 
 
 def _tables(title: str, found: Dict[int, Dict[str, Dict[str, float]]]) -> Dict[str, List[List[Any]]]:
     names = dict.fromkeys(name for row in found.values() for name in row)
     head = ["", *(f"k={k}" for k in found)]
-    what = {
-        "ratio": "Time over that of the dense feed-forward",
-        "seconds": "Milliseconds",
-        "tflops": "TFLOP/s",
-        "mebibytes": "Peak memory in MiB, gradients included",
-    }
     tables = {}
-    for key, description in what.items():
-        scale, digits = (1e3, 3) if key == "seconds" else (1, 2)
+    for key, description, scale, form in (
+        ("ratio", "Time over that of the dense feed-forward", 1, ".2f"),
+        ("seconds", "Milliseconds", 1e3, ".3f"),
+        ("tflops", "TFLOP/s", 1, ".3g"),
+        ("mebibytes", "Peak memory in MiB, gradients included", 1, ".2f"),
+    ):
         rows = [
-            [name, *(f"{of[name][key] * scale:.{digits}f}" if key in of.get(name, {}) else "" for of in found.values())]
+            [name, *(f"{of[name][key] * scale:{form}}" if key in of.get(name, {}) else "" for of in found.values())]
             for name in names
         ]
-        if any(any(row[1:]) for row in rows):
-            tables[f"{description}, {title}"] = [head, *rows]
+        tables[f"{description}, {title}"] = [head, *rows]
     return tables
 
 
