@@ -3,9 +3,7 @@
 python -m benchmarks.evaluation DATA [--quick]      (DATA: a folder made by fairseq-preprocess)
 """
 
-import argparse
 import logging
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -13,32 +11,31 @@ from typing import Any, List
 
 from fairseq_hyperrouter.analysis.evaluation import Evaluator, Row
 
-from .commands import COMMON, EXPERTS, HIDDEN, LAYERS, WIDTH, cpu_seconds, experts
-from .harness import parser, report
-
-TOP_KS = (1, 2, 4, 8, 16)
+from .harness import medians, parser, report
+from .models import SMALL, Model, experts
+from .sizes import EXPERTS, TOP_KS
+from .training import updates
 
 
 def main() -> None:
     """Measure, print and write the table."""
-    options = parser(__doc__)
-    options.add_argument("data", help="folder made by fairseq-preprocess")
-    options.add_argument("--tokens-per-sample", default="512", help="context (default: %(default)s)")
+    options = parser(__doc__, data=True)
+    options.add_argument("--tokens-per-sample", type=int, default=512, help="context (default: %(default)s)")
+    options.add_argument("--batch-size", type=int, default=8, help="samples per batch (default: %(default)s)")
     args = options.parse_args()
     logging.disable(logging.WARNING)
-    rounds = _measure(args)
-    report("evaluation", {_title(args): _rows(rounds)}, rounds)
+    model = SMALL._replace(samples=args.batch_size, tokens=args.tokens_per_sample)
+    rounds = _measure(model, args.data, 1 if args.quick else 3)
+    report("evaluation", {_title(model, args.data): _rows(rounds)}, rounds)
 
 
-def _measure(args: argparse.Namespace) -> List[List[Row]]:
+def _measure(model: Model, data: str, rounds: int) -> List[List[Row]]:
     """What the Evaluator found at every k, in every round, with the process's CPU time per token."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [option for option in COMMON if option != "--no-save"]
-        options += [*experts("hyperrouter", 2), "--batch-size", "8", "--tokens-per-sample", args.tokens_per_sample]
-        cpu_seconds([args.data, *options, "--save-dir", folder, "--max-update", "1"])
+        updates([data, *experts(model, 2), "--cpu", "--save-dir", folder], 0)
         checkpoint = Path(folder, "checkpoint_last.pt")
-        evaluator = Evaluator(checkpoint, args.data, cpu=True)
-        return [[_timed(evaluator, k) for k in TOP_KS] for _ in range(1 if args.quick else 3)]
+        evaluator = Evaluator(checkpoint, data, batch_size=model.samples, cpu=True)
+        return [[_timed(evaluator, k) for k in TOP_KS] for _ in range(rounds)]
 
 
 def _timed(evaluator: Evaluator, k: int) -> Row:
@@ -48,21 +45,21 @@ def _timed(evaluator: Evaluator, k: int) -> Row:
 
 
 def _rows(rounds: List[List[Row]]) -> List[List[Any]]:
-    speed = {
-        k: statistics.median(rows[place]["tokens_per_second"] for rows in rounds) for place, k in enumerate(TOP_KS)
-    }
+    speed = medians({k: [of[place]["tokens_per_second"] for of in rounds] for place, k in enumerate(TOP_KS)})
     flops = {row["top_k"]: row["flops_per_token"] for row in rounds[0]}
-    rows = [["k", "tokens/s", "MFLOPs/token", "faster than k=16", "FLOPs promise", "share of the promise"]]
+    rows = [
+        ["k", "tokens/s", "MFLOPs/token", f"faster than k={EXPERTS}", "FLOPs promise", "share of the promise"],
+    ]
     for k in TOP_KS:
-        faster, promised = speed[k] / speed[16], flops[16] / flops[k]
+        faster, promised = speed[k] / speed[EXPERTS], flops[EXPERTS] / flops[k]
         rows.append([k, f"{speed[k]:,.0f}", flops[k] / 1e6, faster, promised, faster / promised])
     return rows
 
 
-def _title(args: argparse.Namespace) -> str:
-    symbols = f"{len((Path(args.data) / 'dict.txt').read_text().splitlines())} symbols"
-    model = f"{LAYERS} layers, d {WIDTH}, F {HIDDEN}, E {EXPERTS}"
-    return f"fairseq-eval-lm on the test split, {symbols}, context {args.tokens_per_sample}, {model}"
+def _title(model: Model, data: str) -> str:
+    symbols = f"{len(Path(data, 'dict.txt').read_text().splitlines())} symbols"
+    batch = f"{model.samples} samples of {model.tokens} tokens per batch"
+    return f"fairseq-eval-lm on the test split, {symbols}, {batch}, {model.size}"
 
 
 if __name__ == "__main__":

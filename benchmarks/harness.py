@@ -22,12 +22,14 @@ from fairseq_hyperrouter.analysis.table import markdown_table
 RESULTS = Path(__file__).with_name("results")
 
 
-def parser(description: Optional[str]) -> argparse.ArgumentParser:
+def parser(description: Optional[str], data: bool = False) -> argparse.ArgumentParser:
     """The options that every benchmark has; from here on one thread, and the same random numbers at every run."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    if data:
+        arguments.add_argument("data", help="folder made by fairseq-preprocess")
     return arguments
 
 
@@ -95,7 +97,7 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
         "machine": machine(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv, sys.argv[1:])]),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_argument, sys.argv[1:])]),
     }
     head = "{machine}, Python {python}, {threads} thread(s); `{command}`".format(**made_on)
     if "--quick" in sys.argv:
@@ -110,6 +112,6 @@ def report(name: str, tables: Dict[str, Sequence[Sequence[Any]]], details: Any) 
     print(f"wrote {RESULTS / name}.md and .json")
 
 
-def _argument(before: str, value: str) -> str:
+def _argument(value: str) -> str:
     """*value*; of a data folder, where it lies on this machine tells nobody anything."""
-    return "DATA" if Path(value).is_dir() and (before == "--quick" or not before.startswith("--")) else value
+    return "DATA" if Path(value).is_dir() else value

@@ -3,10 +3,11 @@
 python -m benchmarks.gpu DATA [--quick] [--only PART ...]      (DATA: a folder made by fairseq-preprocess)
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
+
+from ..harness import parser
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
@@ -20,11 +21,9 @@ PARTS = {
 
 def main() -> int:
     """Run the parts, each in a process of its own; a part that fails does not keep the others from running."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="folder made by fairseq-preprocess")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, data=True)
+    options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    args = options.parse_args()
     failed = []
     for part in args.only:
         command = [str(Path(args.data).resolve()) if word == "DATA" else word for word in PARTS[part]]

@@ -13,8 +13,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import nn
 
 from ..harness import parser, progress, report
+from ..models import SMALL, experts, stock
 from .clock import DEVICE, ON_GPU, seconds_of
-from .trainer import SMALL, experts, stock
 
 BATCHES = (1, 64)
 TOP_KS = (1, 16)
@@ -22,9 +22,7 @@ TOP_KS = (1, 16)
 
 def main() -> None:
     """Measure, print and write the table."""
-    options = parser(__doc__)
-    options.add_argument("data", help="folder made by fairseq-preprocess")
-    args = options.parse_args()
+    args = parser(__doc__, data=True).parse_args()
     length, repeats = (3, 1) if args.quick else (256, 3)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     rows: List[List[Any]] = [["batch", "k", "dense, tokens/s", "hyperrouter, tokens/s", "hyperrouter / dense"]]
@@ -42,7 +40,7 @@ def main() -> None:
                 [batch, k, *(f"{speed:,.0f}" for speed in found.values()), found["hyperrouter"] / found["dense"]]
             )
             details[f"batch {batch}, k {k}"] = found
-    title = f"Incremental decoding of {length} tokens, 4 layers, d 256, F 512, E 16 (dense: k F), {str(dtype)[6:]}"
+    title = f"Incremental decoding of {length} tokens, {SMALL.size} (dense: k F), {str(dtype)[6:]}"
     report("gpu.generation", {title: rows}, details)
 
 
