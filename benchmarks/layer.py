@@ -3,19 +3,22 @@
 python -m benchmarks.layer [--quick]
 """
 
-import logging
 from functools import partial
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor, nn
 
 from .harness import interleaved, medians, parser, peak_bytes, progress, report
 from .peers import DENSE, build_all
+from .sizes import EXPERTS, HIDDEN, TOP_KS, WIDTH
 
-SHAPES = [(256, 512), (512, 2048)]
-TOP_KS = (1, 2, 4, 8, 16)
+SHAPES = [(WIDTH, HIDDEN), (512, 2048)]
 SHIFT = 0.3
 """Standard deviation of a batch's mean. Texts differ, so experts have other numbers of rows at every step."""
+
+Figures = Dict[str, Dict[str, float]]
+"""{layer: its seconds and MiB}"""
 
 
 def main() -> None:
@@ -23,31 +26,40 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--width", type=int, choices=[D for D, _ in SHAPES], help="only this one")
     args = options.parse_args()
-    quick = args.quick
-    shapes = SHAPES[:1] if quick else [shape for shape in SHAPES if args.width in (None, shape[0])]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    tokens, repeats = (128, 1) if quick else (2048, 9)
+    shapes = [shape for shape in SHAPES if args.width in (None, shape[0])]
+    tokens, repeats = (128, 1) if args.quick else (2048, 9)
     tables, details = {}, {}
-    for D, hidden in shapes:
-        rows, memory, milliseconds = {}, {}, {}
-        for K in progress(TOP_KS, f"d {D}, F {hidden}"):
-            x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
-            layers = build_all(D, hidden, 16, K)
-            steps = {name: partial(step, layer, x, dy) for name, layer in layers.items()}
-            seconds = medians(interleaved(steps, repeats if D == 256 else min(repeats, 5), renew=partial(draw, x)))
-            milliseconds[K] = seconds[DENSE] * 1e3
-            for name, run in steps.items():
-                rows.setdefault(name, {})[K] = seconds[name] / seconds[DENSE]
-                memory.setdefault(name, {})[K] = peak_bytes(run, partial(forget, layers[name], x)) / 2**20
-        shape = f"T {tokens}, d {D}, F {hidden}, E 16"
-        head = ["", *(f"k={K}" for K in TOP_KS)]
-        ratios = [[name, *(rows[name].get(K, "") for K in TOP_KS)] for name in rows if name != DENSE]
-        dense = [DENSE + " (ms)", *(round(milliseconds[K]) for K in TOP_KS)]
-        tables[f"Time over that of the dense feed-forward, {shape}"] = [head, dense, *ratios]
-        mebibytes = [[name, *(round(memory[name][K]) if K in memory[name] else "" for K in TOP_KS)] for name in rows]
-        tables[f"Peak memory of a step in MiB, gradients included, {shape}"] = [head, *mebibytes]
-        details[shape] = {"time": rows, "memory": memory, "dense_ms": milliseconds}
+    for D, hidden in shapes[:1] if args.quick else shapes:
+        rounds = min(repeats, 5) if D > WIDTH else repeats
+        found = {K: _measure(tokens, D, hidden, K, rounds) for K in progress(TOP_KS, f"d {D}, F {hidden}")}
+        shape = f"T {tokens}, d {D}, F {hidden}, E {EXPERTS}"
+        tables.update(_tables(shape, list(found.values())))
+        details[shape] = found
     report("layer", tables, details)
+
+
+def _measure(tokens: int, D: int, hidden: int, K: int, repeats: int) -> Figures:
+    x, dy = torch.randn(tokens, D, requires_grad=True), torch.randn(tokens, D)
+    layers = build_all(D, hidden, EXPERTS, K)
+    steps = {name: partial(step, layer, x, dy) for name, layer in layers.items()}
+    seconds = medians(interleaved(steps, repeats, renew=partial(draw, x)))
+    peaks = {name: peak_bytes(steps[name], partial(forget, layer, x)) for name, layer in layers.items()}
+    return {name: {"seconds": seconds[name], "mebibytes": peaks[name] / 2**20} for name in layers}
+
+
+def _tables(shape: str, found: List[Figures]) -> Dict[str, List[List[Any]]]:
+    names = dict.fromkeys(name for figures in found for name in figures)
+    time, memory = ([["", *(f"k={K}" for K in TOP_KS)]] for _ in range(2))
+    time.append([f"{DENSE} (ms)", *(round(figures[DENSE]["seconds"] * 1e3) for figures in found)])
+    for name in names:
+        own = [(figures.get(name), figures[DENSE]) for figures in found]
+        if name != DENSE:
+            time.append([name, *(of["seconds"] / dense["seconds"] if of else "" for of, dense in own)])
+        memory.append([name, *(round(of["mebibytes"]) if of else "" for of, _ in own)])
+    return {
+        f"Time over that of the dense feed-forward, {shape}": time,
+        f"Peak memory of a step in MiB, gradients included, {shape}": memory,
+    }
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ library is not there; None that it has no such K.
 
 import logging
 import warnings
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, Dict, Optional
 
 import torch
@@ -24,9 +24,9 @@ Builder = Callable[[int, int, int, int], Optional[nn.Module]]
 class Ours(nn.Module):
     """Our layer with the router of the peers."""
 
-    def __init__(self, D: int, hidden: int, E: int, K: int, backend: str = "auto") -> None:
+    def __init__(self, D: int, hidden: int, E: int, K: int, **options: Any) -> None:
         super().__init__()
-        self.layer = MoELayer(LinearRouter(D, E), hidden, top_k=K, backend=backend)
+        self.layer = MoELayer(LinearRouter(D, E), hidden, top_k=K, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
@@ -197,8 +197,9 @@ class _Batch(nn.Module):
 
 DENSE = "dense, same FLOPs"
 OURS = "fairseq_hyperrouter"
+RAW = "raw grouped_mm, no biases"
 PEERS: Dict[str, Builder] = {
-    "raw grouped_mm, no biases": RawGroupedMM,
+    RAW: RawGroupedMM,
     "raw grouped_mm": partial(RawGroupedMM, biases=True),
     "padded bmm": PaddedBMM,
     "loop over a ModuleList": ModuleListLoop,
@@ -230,10 +231,7 @@ def build_all(D: int, hidden: int, E: int, K: int) -> Dict[str, nn.Module]:
     return layers
 
 
-_noted = set()
-
-
+@cache
 def _note(text: str) -> None:
-    if text not in _noted:
-        _noted.add(text)
-        logging.getLogger(__name__).warning(text)
+    """Once."""
+    logging.getLogger(__name__).warning(text)

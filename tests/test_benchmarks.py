@@ -10,7 +10,10 @@ import torch
 from benchmarks import generation, growth, harness, layer
 from benchmarks.harness import interleaved
 from benchmarks.layer import draw, forget, step
+from benchmarks.models import TINY, stock
 from benchmarks.peers import OURS, Dense, Ours, RawGroupedMM
+from benchmarks.sizes import EXPERTS, HIDDEN, WIDTH
+from benchmarks.training import updates
 from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
 from fairseq_hyperrouter.experts.run_products import has_native
 from tests.commands import REPO, run
@@ -27,8 +30,9 @@ def one_thread():
 
 def test_layer_is_not_far_from_dense():
     """About 1.2 where it was measured; over 2.2 something is wrong."""
-    x, dy = torch.randn(2048, 256, requires_grad=True), torch.randn(2048, 256)
-    layers = {"ours": Ours(256, 512, 16, 1), "dense": Dense(256, 512, 16, 1)}
+    sizes = WIDTH, HIDDEN, EXPERTS, 1
+    x, dy = torch.randn(2048, WIDTH, requires_grad=True), torch.randn(2048, WIDTH)
+    layers = {"ours": Ours(*sizes), "dense": Dense(*sizes)}
     seconds = interleaved({name: partial(step, module, x, dy) for name, module in layers.items()}, repeats=5)
     ratio = min(seconds["ours"]) / min(seconds["dense"])
     assert ratio < 2.2, ratio
@@ -71,11 +75,19 @@ def test_benchmarks_for_a_gpu(data):
         "gpu.profile.one.stock",
         "gpu.profile.one.hyperrouter",
     ]
-    assert " nan " not in log
+    assert " failed |" not in log
     missing = dict(re.findall(r"(fairseq_hyperrouter.*|Hugging Face.*), k = \d, .*: left out, (.*)", log))
     why = missing.pop(f"{OURS}, triton")
     assert why == "--moe-backend triton: needs a GPU, and computes on a cpu here; choose auto"
     assert missing in ({}, {"Hugging Face, grouped_mm": "No module named 'transformers'"})
+
+
+def test_updates_of_a_training(data):
+    arguments = [str(data), *stock(TINY, 1), "--cpu", "--no-save"]
+    timed = updates(arguments, 2)
+    assert len(timed) == 2 and all(seconds > 0 for update in timed for seconds in update)
+    with pytest.raises(RuntimeError, match="no-such-option"):
+        updates([*arguments, "--no-such-option"], 2)
 
 
 def test_peak_memory_of_known_steps():

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..harness import parser, progress, report
 from ..models import SMALL, experts, stock
+from ..sizes import EXPERTS
 from .clock import DEVICE, ON_GPU, seconds_of
 
 BATCHES = (1, 64)
-TOP_KS = (1, 16)
+TOP_KS = (1, EXPERTS)
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..harness import interleaved, medians, parser, progress, report
 from ..layer import forget, step
+from ..models import SMALL
 from ..peers import DENSE, OURS, PEERS, Builder, Dense, Ours
+from ..sizes import EXPERTS, HIDDEN, TOP_KS, WIDTH
 from .clock import CLOCK, DEVICE, graphed, limits, peak_bytes
 
 
@@ -28,7 +30,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape("the paper's", 11_264, 256, 512, 16, (1, 2, 4, 8, 16)),
+    Shape("the paper's", SMALL.samples * SMALL.tokens, WIDTH, HIDDEN, EXPERTS, TOP_KS),
     Shape("a large one", 16_384, 2048, 8192, 64, (2,)),
 )
 QUICK = (Shape("a small one", 64, 16, 48, 4, (1, 2)),)
