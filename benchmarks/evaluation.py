@@ -47,9 +47,8 @@ def _timed(evaluator: Evaluator, k: int) -> Row:
 def _rows(rounds: List[List[Row]]) -> List[List[Any]]:
     speed = medians({k: [of[place]["tokens_per_second"] for of in rounds] for place, k in enumerate(TOP_KS)})
     flops = {row["top_k"]: row["flops_per_token"] for row in rounds[0]}
-    rows = [
-        ["k", "tokens/s", "MFLOPs/token", f"faster than k={EXPERTS}", "FLOPs promise", "share of the promise"],
-    ]
+    head = ["k", "tokens/s", "MFLOPs/token", f"faster than k={EXPERTS}", "FLOPs promise", "share of the promise"]
+    rows: List[List[Any]] = [head]
     for k in TOP_KS:
         faster, promised = speed[k] / speed[EXPERTS], flops[EXPERTS] / flops[k]
         rows.append([k, f"{speed[k]:,.0f}", flops[k] / 1e6, faster, promised, faster / promised])

@@ -42,6 +42,8 @@ LAYERS: Dict[str, Builder] = {
 }
 GRAPHED = ", CUDA graph"
 AS_GRAPHS = (DENSE, OURS, OTHERS[0])
+Figures = Dict[str, Dict[str, float]]
+"""{layer: its seconds, those over the dense layer's timed in turns with it, TFLOP/s and MiB}"""
 
 
 def main() -> None:
@@ -58,10 +60,6 @@ def main() -> None:
             tables.update(_tables(title, found))
             details[title] = found
     report("gpu.layer", tables, details)
-
-
-Figures = Dict[str, Dict[str, float]]
-"""{layer: its seconds, those over the dense layer's timed in turns with it, TFLOP/s and MiB}"""
 
 
 def _measure(shape: Shape, top_k: int, dtype: torch.dtype, repeats: int) -> Figures:
@@ -100,7 +98,7 @@ def _build(builder: Builder, shape: Shape, top_k: int, dtype: torch.dtype) -> nn
         return builder(shape.D, shape.hidden, shape.E, top_k).to(dtype)
 
 
-def _tables(title: str, found: Dict[int, Dict[str, Dict[str, float]]]) -> Dict[str, List[List[Any]]]:
+def _tables(title: str, found: Dict[int, Figures]) -> Dict[str, List[List[Any]]]:
     names = dict.fromkeys(name for row in found.values() for name in row)
     head = ["", *(f"k={k}" for k in found)]
     tables = {}

@@ -25,7 +25,7 @@ QUICK = [(TINY, k, FLOAT32) for k in (1, 2)]
 def main() -> None:
     """Measure, print and write the table."""
     options = parser(__doc__, data=True)
-    options.add_argument("--updates", type=int, default=80, help="of every training (default: %(default)s)")
+    options.add_argument("--updates", type=int, default=80, help="timed, of every training (default: %(default)s)")
     args = options.parse_args()
     number = 4 if args.quick else args.updates
     where = ["--no-save", "--num-workers", "1"] if ON_GPU else ["--no-save", "--cpu"]
