@@ -39,6 +39,9 @@ HAS_TRITON = any(
     for package in metadata.distributions(name=name)
 )
 
+SMALL_EXPERT, FEW_PRODUCTS = 2**13, 2**16
+"""Numbers of a weight; multiply-adds per expert of one product."""
+
 
 def check_backend(option: str, name: str) -> None:
     """Raise a UserError (a ValueError) when *name* is neither a backend nor "auto"."""
@@ -82,7 +85,7 @@ def compute_ordered(
     name: str, x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
 ) -> Tensor:
     """The same where the assignments have been ordered by expert."""
-    chosen = _fastest(x, weights) if name == AUTO else name
+    chosen = _fastest(x, dispatch, weights) if name == AUTO else name
     if chosen == "native" and x.dtype != torch.float32:
         chosen = "runs"  # what it is but for float32
     _check_inputs(chosen, x, weights)
@@ -90,9 +93,11 @@ def compute_ordered(
     return BACKENDS[chosen](x, dispatch, gate, weights, hidden)
 
 
-def _fastest(x: Tensor, weights: ExpertWeights) -> str:
-    can_group = _aligned(x, weights) and HAS_GROUPED_MM
+def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
+    can_group = HAS_GROUPED_MM and _groups(x, weights)
     if x.device.type == "cpu":
+        if can_group and x.dtype == torch.float32 and _has_little_to_do(dispatch, weights):
+            return "grouped"
         return "native" if native_is_faster() else "runs"
     if x.device.type != "cuda":
         return "loop"
@@ -101,8 +106,16 @@ def _fastest(x: Tensor, weights: ExpertWeights) -> str:
     return "grouped" if fast and can_group else "blocks"
 
 
+def _has_little_to_do(dispatch: Dispatch, weights: ExpertWeights) -> bool:
+    """Whether calls of torch for one expert after the other would take longer than their products."""
+    E, D, F = weights.weight1.shape
+    return D * F <= SMALL_EXPERT and dispatch.order.numel() * D * F <= FEW_PRODUCTS * E
+
+
 def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:
-    if name == "grouped" and not _aligned(x, weights):
+    if name == "grouped" and x.dtype == torch.float64:
+        raise UserError("--moe-backend grouped: torch's grouped_mm has no float64; choose auto")
+    if name == "grouped" and not _groups(x, weights):
         sizes = " and ".join(map(str, weights.weight1.shape[1:]))
         raise UserError(f"--moe-backend grouped: experts of width {sizes}, must be multiples of {16 // x.itemsize}")
     check_device(name, x.device.type)
@@ -110,7 +123,8 @@ def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:
         raise UserError("--moe-backend triton: adds up in float32, and gets float64; choose blocks")
 
 
-def _aligned(x: Tensor, weights: ExpertWeights) -> bool:
+def _groups(x: Tensor, weights: ExpertWeights) -> bool:
+    """Whether rows lie as ``grouped_mm`` wants them."""
     return all(size * x.itemsize % 16 == 0 for size in weights.weight1.shape[1:])
 
 

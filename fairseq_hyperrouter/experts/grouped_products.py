@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Dispatch
+from .weights import sum_dtype
 
 BLOCK_ROWS = 128
 
@@ -36,7 +37,13 @@ class Products(ABC):
         """a (N, I) and b (N, O) -> (E, I, O): for each expert, its rows of a, transposed, times those of b."""
 
     def sums(self, a: Tensor) -> Tensor:
-        """a (N, O) -> (E, O): for each expert, the sum of its rows. A product, since atomic sums differ run by run."""
+        """a (N, O) -> (E, O): for each expert, the sum of its rows.
+
+        On a GPU a product, since atomic sums differ run by run.
+        """
+        if a.device.type == "cpu":
+            sums = a.new_zeros(self.num_experts + 1, a.size(1), dtype=sum_dtype(a))
+            return sums.index_add_(0, self.expert, a.to(sums.dtype))[:-1].to(a.dtype)
         return (self.experts[:, None] == self.expert).to(a.dtype) @ a
 
     def _cleaned(self, product: Tensor) -> Tensor:

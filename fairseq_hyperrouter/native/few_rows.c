@@ -19,7 +19,10 @@ enum { AHEAD = 8192 };                  /* floats from what is read to what memo
 #define EVERY_PROCESSOR
 #endif
 
-/* sum[o / LANES][r] += in[r] (I,) times columns o .. o + LANES of weight (I, O), for some rows r.
+/* The first column of vector v of O >= LANES columns: the last vector ends with them, and may repeat some. */
+INLINE int64_t column_of(int64_t v, int64_t O) { return (v + 1) * LANES <= O ? v * LANES : O - LANES; }
+
+/* sum[v][r] += in[r] (I,) times the columns of vector v of weight (I, O), for some rows r.
 
    Several rows of the weight at a time, as many as leave registers for the rest: so sums, which may not fit into the
    first cache, are read and written seldom. Memory is faster when it is asked for in the order in which it lies, one
@@ -27,11 +30,13 @@ enum { AHEAD = 8192 };                  /* floats from what is read to what memo
 INLINE void add_rows(const int rows, const float *const *in, const float *weight, int64_t I, int64_t O, vector *sum)
 {
     const int deep = rows <= FEW ? 8 : 4;
+    const int64_t vectors = (O + LANES - 1) / LANES;
     int64_t i = 0;
     for (; i + deep <= I; i += deep) {
         const float *w = weight + i * O;
         vector *to = sum;
-        for (int64_t o = 0; o + LANES <= O; o += LANES, to += rows) {
+        for (int64_t v = 0; v < vectors; v++, to += rows) {
+            const int64_t o = column_of(v, O);
             vector column[8];
             for (int j = 0; j < deep; j++)
                 column[j] = *(const vector *)(w + j * O + o);
@@ -46,16 +51,26 @@ INLINE void add_rows(const int rows, const float *const *in, const float *weight
         }
     }
     for (; i < I; i++)
-        for (int64_t v = 0; v < O / LANES; v++)
+        for (int64_t v = 0; v < vectors; v++)
             for (int r = 0; r < rows; r++)
-                sum[v * rows + r] += in[r][i] * *(const vector *)(weight + i * O + v * LANES);
+                sum[v * rows + r] += in[r][i] * *(const vector *)(weight + i * O + column_of(v, O));
 }
 
-/* out[r] = in[r] (I,) times weight (I, O) + bias for n <= GROUP rows r of one expert; sum holds GROUP x O floats. */
+/* out[r] = in[r] (I,) times weight (I, O) + bias for n <= GROUP rows r of one expert; sum has room for the vectors of
+   GROUP rows. */
 EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *weight, const float *bias, int64_t I,
                              int64_t O, float *const *out, vector *sum)
 {
-    const int64_t vectors = O / LANES, passes = (n + ROWS - 1) / ROWS;
+    if (O < LANES) {
+        for (int64_t r = 0; r < n; r++) {
+            memcpy(out[r], bias, O * sizeof *bias);
+            for (int64_t i = 0; i < I; i++)
+                for (int64_t o = 0; o < O; o++)
+                    out[r][o] += in[r][i] * weight[i * O + o];
+        }
+        return;
+    }
+    const int64_t vectors = (O + LANES - 1) / LANES, passes = (n + ROWS - 1) / ROWS;
     const int64_t deep = n <= ROWS ? I : IN_CACHE / (8 * O) * 8 + 8;
     for (int64_t i = 0; i < I; i += deep) {
         for (int64_t pass = 0, row = 0; pass < passes; pass++) {
@@ -67,23 +82,17 @@ EVERY_PROCESSOR void product(int64_t n, const float *const *in, const float *wei
                 from[r] = in[row + r] + i;
             for (int64_t v = 0; v < vectors && !i; v++)
                 for (int r = 0; r < rows; r++)
-                    to[v * rows + r] = *(const vector *)(bias + v * LANES);
+                    to[v * rows + r] = *(const vector *)(bias + column_of(v, O));
             switch (rows) { /* numbers that the compiler knows, so that it unrolls the loops */
 #define ADD_ROWS(n) case n: add_rows(n, from, w, depth, O, to); break;
                 ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(3) ADD_ROWS(4) ADD_ROWS(5) ADD_ROWS(6) ADD_ROWS(7) ADD_ROWS(8)
             }
             for (int64_t v = 0; v < vectors && i + deep >= I; v++)
                 for (int r = 0; r < rows; r++)
-                    *(vector *)(out[row + r] + v * LANES) = to[v * rows + r];
+                    *(vector *)(out[row + r] + column_of(v, O)) = to[v * rows + r];
             row += rows;
         }
     }
-    for (int64_t o = vectors * LANES; o < O; o++)
-        for (int64_t r = 0; r < n; r++) {
-            out[r][o] = bias[o];
-            for (int64_t i = 0; i < I; i++)
-                out[r][o] += in[r][i] * weight[i * O + o];
-        }
 }
 
 PyDoc_STRVAR(order_doc,
@@ -129,7 +138,7 @@ static PyObject *products(PyObject *self, PyObject *args)
     const float *rows = POINTER(float, rows_at), *weight = POINTER(float, weight_at), *bias = POINTER(float, bias_at);
     const int64_t *order = POINTER(int64_t, order_at), *starts = POINTER(int64_t, starts_at);
     float *out = POINTER(float, out_at);
-    void *room = PyMem_Malloc(GROUP * O * sizeof(float) + sizeof(vector));
+    void *room = PyMem_Malloc((GROUP * (O / LANES + 1) + 1) * sizeof(vector));
     if (!room)
         return PyErr_NoMemory();
     vector *sum = POINTER(vector, ((uintptr_t)room / sizeof(vector) + 1) * sizeof(vector)); /* where a line starts */

@@ -243,6 +243,11 @@ def test_grouped_refuses_odd_widths():
         bank("grouped", ffn_embed_dim=6)(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
 
 
+def test_grouped_refuses_float64():
+    with pytest.raises(UserError, match="--moe-backend grouped: torch's grouped_mm has no float64; choose auto"):
+        bank("grouped", torch.float64)(torch.randn(5, 4).double(), INDEX["mixed"], torch.rand(5, 2).double())
+
+
 def test_triton_refuses_what_it_cannot(monkeypatch):
     inputs = torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2)
     with pytest.raises(UserError, match="--moe-backend triton: adds up in float32, and gets float64; choose blocks"):
@@ -266,16 +271,37 @@ def test_grouped_needs_a_new_torch(monkeypatch):
         backends.check_backend("--moe-backend", "grouped")
 
 
-@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "native")])
-def test_choice_on_a_cpu_is_logged_once(caplog, monkeypatch, faster, name):
+def test_choice_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "native_is_faster", lambda: faster)
     experts = ExpertBank(**SIZES)
-    if faster:
-        bank(name)  # skips where there is none
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
+    name = "grouped" if backends.HAS_GROUPED_MM else "native" if backends.native_is_faster() else "runs"
     assert [record.message for record in caplog.records] == [
         f"experts are computed by the backend {name} (cpu, float32)"
     ]
+
+
+@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "native")])
+def test_choice_on_a_cpu(monkeypatch, faster, name):
+    """Small experts with few rows are computed together, where ``grouped_mm`` can; others one after the other."""
+    if faster:
+        bank(name)  # skips where there is none
+    used = []
+    monkeypatch.setattr(backends, "native_is_faster", lambda: faster)
+    monkeypatch.setattr(backends, "_log_once", lambda name, x: used.append(name))
+
+    def chosen(tokens, num_experts=4, embed_dim=64, ffn_embed_dim=128, dtype=torch.float32):
+        experts = ExpertBank(num_experts, embed_dim, ffn_embed_dim).to(dtype)
+        index = torch.randint(num_experts, (tokens, 1))
+        experts(torch.randn(tokens, embed_dim, dtype=dtype), index, torch.ones(tokens, 1, dtype=dtype))
+        return used.pop()
+
+    together = "grouped" if backends.HAS_GROUPED_MM else name
+    assert chosen(32) == together
+    assert chosen(33) == name
+    assert chosen(32, num_experts=3) == name
+    assert chosen(32, embed_dim=63) == name
+    assert chosen(4, ffn_embed_dim=192) == name
+    assert chosen(32, dtype=torch.float64) == "runs"
