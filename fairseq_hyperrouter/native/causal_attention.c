@@ -4,7 +4,8 @@
 
    1. Copy the keys and the values, WIDE columns after WIDE columns (tiles.h).
    2. For TALL queries after the other: their products with the keys up to the last one's own, ...
-   3. ... e to the power of these less the largest, in place, and nothing for keys after a query's own, ...
+   3. ... e to the power of these less the largest, in place (as a power of 2), and nothing for keys after a query's
+      own, ...
    4. ... and the products of that with the values, divided by its sum.
 
    So scores never leave the cache, and little is computed that the mask hides. Threads share heads and samples. */
@@ -13,50 +14,60 @@
 
 enum { PART = TALL * ROW }; /* the scores of TALL queries and DEPTH keys */
 
-/* e to the power of x <= 0, to 2 units in the last place: 2^n times the Taylor series of what is left of x, which is at
-   most log(2) / 2. */
-INLINE vector exponential(vector x)
+/* 2 to the power of x <= 0, to 2 units in the last place: of x = n + f, n whole, a polynomial of f (the closest one of
+   degree 5 between -1/2 and 1/2 with 1 at 0: 9.2e-8 of the value beside it), to whose exponent n is added. */
+INLINE vector power_of_two(vector x)
 {
-    const vector lowest = (vector){0} - 87; /* e to that is the smallest number; NaN stays NaN */
+    const vector lowest = (vector){0} - 125; /* 2 to that stands for all that is smaller; NaN stays NaN */
     const lanes low = x < lowest;
     x = (vector)(((lanes)x & ~low) | ((lanes)lowest & low));
     const vector rounding = (vector){0} + 0x1.8p23f; /* makes the last bits of a sum a whole number */
-    const vector shifted = x * 0x1.715476p+0f + rounding, n = shifted - rounding;
-    x = x - n * 0x1.63p-1f - n * -0x1.bd0106p-13f; /* log(2) in two parts, the first of few bits */
-    vector y = x * (1.f / 5040) + 1.f / 720;
-    y = y * x + 1.f / 120;
-    y = y * x + 1.f / 24;
-    y = y * x + 1.f / 6;
-    y = y * x + 0.5f;
-    y = y * x + 1;
-    y = y * x + 1;
-    return y * (vector)(((lanes)shifted - 0x4b400000 + 127) << 23);
+    const vector shifted = x + rounding, f = x - (shifted - rounding);
+    vector y = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+    y = y * f + 0x1.c6b752p-5f;
+    y = y * f + 0x1.ebf9bcp-3f;
+    y = y * f + 0x1.62e42ap-1f;
+    y = y * f + 1;
+    return (vector)((lanes)y + ((lanes)shifted << 23));
 }
 
-/* e to the power of n scores less the largest of them, and their sum. Those from *own* up to the next WIDE are hidden. */
+INLINE vector larger(vector a, vector b)
+{
+    const lanes more = b > a;
+    return (vector)(((lanes)b & more) | ((lanes)a & ~more));
+}
+
+/* 2 to the power of n scores less the largest of them, and their sum. Those from *own* on, less than 2 WIDE, are hidden. */
 INLINE float softmax(float *score, int64_t own, int64_t n)
 {
     for (int64_t s = own; s < n; s++)
         score[s / DEPTH * PART + s % DEPTH] = -__builtin_inff();
-    vector most = (vector){0} - __builtin_inff(), sum = {0};
-    for (int64_t s = 0; s < n; s += LANES) {
-        const vector x = *(const vector *)(score + s / DEPTH * PART + s % DEPTH);
-        const lanes more = x > most;
-        most = (vector)(((lanes)x & more) | ((lanes)most & ~more));
-    }
-    float largest = most[0], total = 0;
+    vector most[VECTORS], sum[VECTORS] = {{0}};
+    for (int v = 0; v < VECTORS; v++)
+        most[v] = *(const vector *)(score + v * LANES);
+    float *part = score;
+    for (int64_t left = n; left > 0; left -= DEPTH, part += PART)
+        for (int64_t s = 0; s < DEPTH && s < left; s += WIDE)
+            for (int v = 0; v < VECTORS; v++)
+                most[v] = larger(most[v], *(const vector *)(part + s + v * LANES));
+    for (int v = 1; v < VECTORS; v++)
+        most[0] = larger(most[0], most[v]);
+    float largest = most[0][0], total = 0;
     for (int l = 1; l < LANES; l++)
-        largest = most[l] > largest ? most[l] : largest;
-    for (int64_t s = 0; s < n; s += LANES) {
-        vector *at = (vector *)(score + s / DEPTH * PART + s % DEPTH);
-        *at = exponential(*at - largest);
-        if (s + LANES > own)
-            for (int64_t l = own > s ? own - s : 0; l < LANES; l++)
-                (*at)[l] = 0;
-        sum += *at;
-    }
+        largest = most[0][l] > largest ? most[0][l] : largest;
+    part = score;
+    for (int64_t left = n; left > 0; left -= DEPTH, part += PART)
+        for (int64_t s = 0; s < DEPTH && s < left; s += WIDE)
+            for (int v = 0; v < VECTORS; v++) {
+                vector *at = (vector *)(part + s + v * LANES);
+                sum[v] += *at = power_of_two(*at - largest);
+            }
+    for (int64_t s = own; s < n; s++)
+        score[s / DEPTH * PART + s % DEPTH] = 0; /* beside a sum of 1 or more what stood there is nothing */
+    for (int v = 1; v < VECTORS; v++)
+        sum[0] += sum[v];
     for (int l = 0; l < LANES; l++)
-        total += sum[l];
+        total += sum[0][l];
     return total;
 }
 
@@ -74,7 +85,7 @@ AVX512 static void attend(const float *q, const float *k, const float *v, float 
     const matrix queries = {q, stride}, keys = {k, stride, 1}, values = {v, stride};
     float *const key = room, *const value = key + (T + WIDE - 1) / WIDE * WIDE * d;
     float *const query = value + (d + WIDE - 1) / WIDE * WIDE * T, *const score = query + PART;
-    const float root = 1 / __builtin_sqrtf((float)d);
+    const float scaling = 1.44269504f / __builtin_sqrtf((float)d); /* log2(e): powers of 2 are easier than those of e */
     copy_second(&keys, 0, d, 0, T, key, NULL);
     copy_second(&values, 0, T, 0, d, value, NULL);
     const int64_t tiles = (T + TALL - 1) / TALL;
@@ -85,7 +96,7 @@ AVX512 static void attend(const float *q, const float *k, const float *v, float 
         copy_first(&queries, i, rows, 0, d, query);
         for (int r = 0; r < rows; r++)
             for (int64_t c = 0; c < d; c++)
-                query[r * ROW + c] *= root;
+                query[r * ROW + c] *= scaling;
         for (int64_t s = 0; s < n; s += WIDE) {
             for (int r = 0; r < rows; r++)
                 out[r] = score + s / DEPTH * PART + r * ROW + s % DEPTH;
