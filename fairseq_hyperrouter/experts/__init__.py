@@ -7,12 +7,13 @@ dispatch.py  the chosen (token, expert) pairs in the order of the experts
 parallel.py  to the worker that holds the expert, and back
 backend.py   which of these computes, all behind the same call:
              loop.py     any device and dtype, plain autograd
-             runs.py     CPUs; with run_products.py (torch's products, or native/run_products.c)
-             few_rows.py CPUs, few tokens without gradients; with native/few_rows.c
-             grouped.py  GPUs; with grouped_products.py (torch's products) and triton_products.py (ours)
-             activation.py, once.py, memory.py for those with a backward pass of their own
+             runs.py     CPUs; with run_products.py (torch's products) or native_products.py (ours)
+             few_rows.py CPUs, few tokens without gradients
+             grouped.py  GPUs, and small experts; with grouped_products.py and block_products.py (torch's products)
+                         or triton_products.py (ours)
+             activation.py, derivatives.py, memory.py for those with a backward pass of their own
 
-Beside the chosen ones: shared.py, adapter.py, similarity.py.
+C code is in native/. Beside the chosen experts: shared.py, adapter.py, similarity.py.
 """
 
 from .adapter import UnselectedAdapter

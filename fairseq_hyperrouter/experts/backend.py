@@ -14,7 +14,7 @@ from .dispatch import Dispatch, order_by_expert
 from .few_rows import expert_few_rows, serves
 from .grouped import expert_blocks, expert_grouped, expert_triton
 from .loop import expert_loop
-from .run_products import has_native, native_is_faster
+from .native_products import has_native, native_is_faster
 from .runs import expert_native, expert_runs
 from .weights import ExpertWeights, Hidden
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from fairseq_hyperrouter.native import few_rows as native
 
 from .activation import with_gradient
-from .weights import ExpertWeights, Hidden, has_tangents, trains
+from .derivatives import may_use_addresses
+from .weights import ExpertWeights, Hidden
 
 ROWS = 64
 """Of an expert, on average; with more, products that are made for many rows are as fast."""
@@ -28,14 +29,11 @@ def serves(x: Tensor, expert_index: Tensor, gate: Tensor, weights: ExpertWeights
     assignments, weight1 = expert_index.numel(), weights.weight1
     return (
         native is not None
-        and x.device.type == "cpu"
-        and x.dtype == gate.dtype == weight1.dtype == torch.float32
+        and may_use_addresses(x, gate, *weights)
         and expert_index.dtype == torch.int64
         and assignments <= ROWS * len(weight1)
         and (torch.get_num_threads() == 1 or assignments * weight1[0].numel() <= ONE_THREAD)
         and not hidden.dropout
-        and not trains(x, gate, *weights)
-        and not has_tangents(x, gate, *weights)
         and all(weight.is_contiguous() for weight in weights)
     )
 

@@ -3,7 +3,7 @@
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments.
 
 Sorted rows meet their experts' weights in torch's ``grouped_mm`` where that is fast, and everywhere else in batched
-products of blocks of rows (``grouped_products.py``), or in kernels of ours (``triton_products.py``). Either way the
+products of blocks of rows (``block_products.py``), or in kernels of ours (``triton_products.py``). Either way the
 hidden rows are all that is kept and x is gathered again, as in ``runs``. Outputs are brought back to their tokens by a
 gather and a sum over K, not by atomic additions: the same numbers at every run.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .activation import with_gradient
+from .block_products import BlockProducts
+from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch, places, sum_of_assignments
-from .grouped_products import BlockProducts, GroupedProducts, Products
-from .once import differentiable_once
-from .weights import ExpertWeights, Hidden, sum_dtype, trains
+from .grouped_products import GroupedProducts, Products
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:

@@ -8,13 +8,11 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.native import run_products as native
-
-from .weights import has_tangents, product_dtype, sum_dtype, trains
+from .weights import sum_dtype
 
 
-class RunProducts:
-    """With torch's operations."""
+class TorchProducts:
+    """With torch's operations. ``native_products.py`` has them all once more."""
 
     @staticmethod
     def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
@@ -89,95 +87,3 @@ class RunProducts:
         dgate.copy_(torch.linalg.vecdot(dhidden.to(dtype), activated.to(dtype)))
         dgate += dy @ bias
         dhidden.mul_(gate[:, None])
-
-
-class NativeProducts(RunProducts):
-    """With C code of ours (run_products.c), in float32: gathering, gates and sums happen on a product's way."""
-
-    @staticmethod
-    def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        return a, token
-
-    @staticmethod
-    def rows(
-        a: Tensor,
-        token: Optional[Tensor],
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        *,
-        transposed: bool = False,
-    ) -> Tensor:
-        n, width = len(a if token is None else token), weight.size(0 if transposed else 1)
-        out = a.new_empty(n, width)
-        sizes = n, a.size(1), width, torch.get_num_threads()
-        native.rows(*map(_address, (a, token, weight)), transposed, *map(_address, (bias, out)), *sizes)
-        return out
-
-    @classmethod
-    def add_rows(
-        cls,
-        y: Tensor,
-        token: Tensor,
-        a: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        gate: Optional[Tensor] = None,
-        *,
-        transposed: bool = False,
-    ) -> None:
-        places = map(_address, (bias, gate, token, y))
-        native.add_rows(
-            _address(a), _address(weight), transposed, *places, *a.shape, y.size(1), torch.get_num_threads()
-        )
-
-    @staticmethod
-    def weight(
-        a: Tensor,
-        a_token: Optional[Tensor],
-        b: Tensor,
-        b_token: Optional[Tensor],
-        gate: Optional[Tensor],
-        dweight: Tensor,
-        dbias: Tensor,
-    ) -> None:
-        places = map(_address, (a, a_token, b, b_token, gate, dweight, dbias))
-        native.weight(*places, len(a if a_token is None else a_token), *dweight.shape, torch.get_num_threads())
-
-    @staticmethod
-    def gates(
-        dhidden: Tensor,
-        activated: Tensor,
-        dy: Tensor,
-        token: Optional[Tensor],
-        bias: Tensor,
-        gate: Tensor,
-        dgate: Tensor,
-    ) -> None:
-        places = map(_address, (dhidden, activated, dy, token, bias, gate, dgate))
-        native.gates(*places, *dhidden.shape, dy.size(1), torch.get_num_threads())
-
-
-def has_native() -> bool:
-    """Whether the C code was compiled and this processor can run it."""
-    return native is not None
-
-
-def native_is_faster() -> bool:
-    """Whether it beats torch's products: where those are MKL's, which leave an AMD's AVX-512 units unused."""
-    return native is not None and bool(native.amd)
-
-
-def serves_inference(*tensors: Tensor) -> bool:
-    """Whether C code of ours can compute with *tensors*, and is faster, where no derivative is asked for."""
-    return (
-        native_is_faster()
-        and not torch.jit.is_tracing()
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        and not trains(*tensors)
-        and not has_tangents(*tensors)
-        and product_dtype(tensors[0]) == torch.float32
-    )
-
-
-def _address(tensor: Optional[Tensor]) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from .activation import with_gradient
+from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch
 from .memory import in_huge_pages
-from .once import differentiable_once
-from .run_products import NativeProducts, RunProducts
-from .weights import ExpertWeights, Hidden, sum_dtype, trains
+from .native_products import NativeProducts
+from .run_products import TorchProducts
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
-    return _ExpertRuns.apply(dispatch, RunProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
+    return _ExpertRuns.apply(dispatch, TorchProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 def expert_native(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """The same with products of ours, in float32; other dtypes go to torch's."""
     is_float32 = all(tensor.dtype == torch.float32 for tensor in (x, gate, *weights))
-    products = NativeProducts if is_float32 else RunProducts
+    products = NativeProducts if is_float32 else TorchProducts
     return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
@@ -40,7 +41,7 @@ class _ExpertRuns(torch.autograd.Function):
     def forward(
         ctx: Any,
         dispatch: Dispatch,
-        products: Type[RunProducts],
+        products: Type[TorchProducts],
         hidden: Hidden,
         keep: bool,
         x: Tensor,

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_products import Tiles
 from .dispatch import Dispatch
-from .grouped_products import Products, Tiles
+from .grouped_products import Products
 
 ROWS = 64
 """Of a tile. With more, an expert's last tile is emptier; with fewer, weights are read more often."""

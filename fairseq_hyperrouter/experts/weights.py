@@ -4,7 +4,6 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 
 class ExpertWeights(NamedTuple):
@@ -29,16 +28,6 @@ class Hidden(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     dropout: float
     """Probability of dropping a hidden unit in this call."""
-
-
-def trains(*tensors: Tensor) -> bool:
-    """Whether a backward pass through a function of *tensors* may come, so that something must be kept for it."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def has_tangents(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation goes through *tensors*."""
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.run_products import serves_inference
+from fairseq_hyperrouter.experts.native_products import serves_inference
 from fairseq_hyperrouter.native import causal_attention as native
 
 from .linear import Linear

@@ -6,7 +6,7 @@ Dimensions: I inputs, O outputs.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.run_products import NativeProducts, serves_inference
+from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference
 
 ROWS = 16
 """With fewer, torch is as fast, which need not copy the weight first."""

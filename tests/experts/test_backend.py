@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.experts import ExpertBank, run_products
+from fairseq_hyperrouter.experts import ExpertBank, native_products
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM, HAS_TRITON
-from fairseq_hyperrouter.experts.grouped_products import BLOCK_ROWS
+from fairseq_hyperrouter.experts.block_products import BLOCK_ROWS
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -25,7 +25,7 @@ def bank(backend, dtype=None, **options):
         pytest.skip("Triton is not installed")
     if backend == "triton" and (dtype == torch.bfloat16 or torch.cuda.is_available()):
         pytest.skip("tests/test_on_gpu.py looks at it; Triton's interpreter multiplies bfloat16 as integers")
-    if backend == "native" and not run_products.has_native():
+    if backend == "native" and not native_products.has_native():
         pytest.skip("no compiler, or a processor without AVX-512")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))

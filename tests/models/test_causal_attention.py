@@ -6,7 +6,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import run_products
+from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import causal_attention as module
 from fairseq_hyperrouter.models.causal_attention import CausalSelfAttention, causal_attention
 
@@ -169,7 +169,7 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
     used = []
     plain = module._native
     monkeypatch.setattr(module, "_native", lambda *inputs: (used.append(len(inputs)), plain(*inputs))[1])
-    monkeypatch.setattr(run_products, "native_is_faster", lambda: True)
+    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
     q, k, v = (torch.randn(20, 2, 2, 4) for _ in range(3))
 
     def is_used(*inputs: Tensor, dropout: float = 0.0, training: bool = False) -> bool:
@@ -191,9 +191,9 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
         assert not module._serves(forward_ad.make_dual(q, torch.ones_like(q)), k, v, 0.0)
     wide = [torch.randn(5, 1, 1, module.WIDEST + 1) for _ in range(3)]
     assert not is_used(*wide)
-    monkeypatch.setattr(run_products, "native_is_faster", lambda: False)
+    monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
     assert not is_used()
-    monkeypatch.setattr(run_products, "native_is_faster", lambda: True)
+    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
     monkeypatch.setattr(module, "native", None)
     assert not is_used()
 

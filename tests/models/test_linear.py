@@ -3,12 +3,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import run_products
+from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import linear as module
 from fairseq_hyperrouter.models.linear import ROWS, Linear
 
 compiled = pytest.mark.skipif(
-    not run_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
+    not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
 )
 
 
@@ -18,7 +18,7 @@ def used(monkeypatch) -> list:
     rows, plain = [], module.NativeProducts.rows
     count = staticmethod(lambda a, *others, **named: (rows.append(len(a)), plain(a, *others, **named))[1])
     monkeypatch.setattr(module.NativeProducts, "rows", count)
-    monkeypatch.setattr(run_products, "native_is_faster", lambda: True)
+    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
     return rows
 
 
@@ -86,8 +86,8 @@ def test_when_products_of_ours_are_used(used, monkeypatch) -> None:
             assert linear(x).dtype == torch.bfloat16
         with forward_ad.dual_level():
             assert not is_used(forward_ad.make_dual(x, torch.ones_like(x)))
-        monkeypatch.setattr(run_products, "native_is_faster", lambda: False)
+        monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
         assert not is_used(x)
-        monkeypatch.setattr(run_products, "native_is_faster", lambda: True)
+        monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
         linear.double()
         assert not is_used(x.double())

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.experts import backend, run_products
-from fairseq_hyperrouter.experts.run_products import NativeProducts, RunProducts
+from fairseq_hyperrouter.experts import backend, native_products
+from fairseq_hyperrouter.experts.native_products import NativeProducts
+from fairseq_hyperrouter.experts.run_products import TorchProducts
 
 needs_native = pytest.mark.skipif(
-    not run_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
+    not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
 )
 SIZES = pytest.mark.parametrize(
     "n, D, F",
@@ -31,7 +32,7 @@ SIZES = pytest.mark.parametrize(
 def test_compiled_where_it_can_be():
     cpuinfo = Path("/proc/cpuinfo")
     could = shutil.which("gcc") and cpuinfo.is_file() and "avx512f" in cpuinfo.read_text()
-    assert run_products.has_native() or not could
+    assert native_products.has_native() or not could
 
 
 def operands(n, D, F, tokens=23):
@@ -48,7 +49,7 @@ def operands(n, D, F, tokens=23):
 def assert_same(compute, *tensors):
     """*compute* (products, *tensors) writes into its tensors, or returns one; the same in float64 with torch."""
     exact = [tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in tensors]
-    found, expected = compute(NativeProducts, *tensors), compute(RunProducts, *exact)
+    found, expected = compute(NativeProducts, *tensors), compute(TorchProducts, *exact)
     for here, there in ((found, expected), *zip(tensors, exact)):
         if here is not None and here.is_floating_point():
             torch.testing.assert_close(here.double(), there, rtol=0, atol=5e-6 * max(1, there.abs().max().item()))
@@ -120,7 +121,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
 
 
 def test_not_compiled(monkeypatch):
-    monkeypatch.setattr(run_products, "native", None)
-    assert not run_products.native_is_faster()
+    monkeypatch.setattr(native_products, "native", None)
+    assert not native_products.native_is_faster()
     with pytest.raises(UserError, match="--moe-backend native: needs a processor with AVX-512, and a C compiler"):
         backend.check_backend("--moe-backend", "native")

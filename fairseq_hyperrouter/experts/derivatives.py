@@ -1,0 +1,47 @@
+"""What those must know of derivatives that compute without autograd's help."""
+
+from functools import wraps
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def trains(*tensors: Tensor) -> bool:
+    """Whether a backward pass through a function of *tensors* may come, so that something must be kept for it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def may_use_addresses(*tensors: Tensor) -> bool:
+    """Whether C code of ours, which autograd does not see, can compute a function of *tensors* in float32 on a CPU.
+
+    Not where a derivative may be asked for, backward or forward, nor where a trace is recorded.
+    """
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not trains(*tensors)
+        and not _has_tangents(*tensors)
+        and not torch.jit.is_tracing()
+    )
+
+
+def _has_tangents(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through *tensors*."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` of an autograd function that refuses ``create_graph=True``.
+
+    torch's own ``once_differentiable`` does so only where the incoming gradient asks for one; elsewhere the second
+    derivative is left out without a word.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("experts can be differentiated once; with backend='loop' as often as you like")
+        return backward(ctx, *gradients)
+
+    return once
