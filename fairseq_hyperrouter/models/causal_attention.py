@@ -17,8 +17,6 @@ KEY_BLOCK = 512
 """What the mask hides torch's kernel for CPUs leaves out in blocks of so many keys."""
 PIECE = 128
 """Queries of one call, where a context is no longer than a block."""
-WIDEST = 256
-"""Head that our C code has room for."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
@@ -48,7 +46,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
 
 def _serves(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether ``_native`` can compute this, and is faster."""
-    return native is not None and q.size(3) <= WIDEST and not dropout and serves_inference(q, k, v)
+    return native is not None and q.size(3) <= native.widest and not dropout and serves_inference(q, k, v)
 
 
 @torch.no_grad()

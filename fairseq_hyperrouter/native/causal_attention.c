@@ -161,5 +161,5 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__causal_attention(void)
 {
-    return module_of_tiles(&module);
+    return module_of_tiles(&module, "widest", DEPTH); /* a tile takes all of a query at once */
 }

@@ -204,5 +204,5 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__run_products(void)
 {
-    return module_of_tiles(&module);
+    return module_of_tiles(&module, "amd", IS_AMD != 0);
 }

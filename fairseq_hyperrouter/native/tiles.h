@@ -172,15 +172,15 @@ AVX512 static void copy_first(const matrix *a, int64_t i, int rows, int64_t p, i
             memcpy(to + q * TALL, row_of(a, p + q) + i, rows * sizeof *to);
 }
 
-/* The module, if this processor can run it; its "amd" says whether it is an AMD. */
-INLINE PyObject *module_of_tiles(struct PyModuleDef *module)
+/* The module, if this processor can run it; its constant *name* is *value*. */
+INLINE PyObject *module_of_tiles(struct PyModuleDef *module, const char *name, long value)
 {
     if (!HAS_AVX512) {
         PyErr_SetString(PyExc_ImportError, "made for processors with AVX-512");
         return NULL;
     }
     PyObject *self = PyModule_Create(module);
-    if (self && PyModule_AddIntConstant(self, "amd", IS_AMD != 0)) {
+    if (self && PyModule_AddIntConstant(self, name, value)) {
         Py_DECREF(self);
         return NULL;
     }

@@ -189,7 +189,7 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
         assert is_used(q, k, v.clone().requires_grad_())
     with forward_ad.dual_level():
         assert not module._serves(forward_ad.make_dual(q, torch.ones_like(q)), k, v, 0.0)
-    wide = [torch.randn(5, 1, 1, module.WIDEST + 1) for _ in range(3)]
+    wide = [torch.randn(5, 1, 1, module.native.widest + 1) for _ in range(3)]
     assert not is_used(*wide)
     monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
     assert not is_used()
