@@ -13,7 +13,7 @@ from fairseq_hyperrouter.experts.similarity import cka
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Routing, RoutingContext, losses, metrics
 
-from . import statistics
+from . import measures
 from .evaluation import Evaluator
 from .observation import observed
 
@@ -123,9 +123,9 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
     load, entropy = losses.expert_load(routing), metrics.entropy(routing).mean().item()
     E = len(load)
     outputs = layer.every_expert(x)  # (T, E, D)
-    similarity = statistics.pairwise(cka, outputs.transpose(0, 1).double())
+    similarity = measures.pairwise(cka, outputs.transpose(0, 1).double())
     weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
-    cosine = statistics.pairwise(statistics.cosine, weights)
+    cosine = measures.pairwise(measures.cosine, weights)
     terms = list(_routing_terms(layer, sample, outputs, top_k))
     others = ~torch.eye(E, dtype=torch.bool)
     return {
@@ -143,9 +143,9 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
         "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
         "weight_similarity": cosine.tolist(),
         "mean_weight_similarity": cosine[others].mean().item() if E > 1 else None,
-        "hidden_rank": statistics.effective_rank(x - x.mean(0)).item(),
-        "jacobian_rank": sum(map(statistics.numerical_rank, terms)) / max(1, len(terms)),
-        "jacobian_span": statistics.numerical_rank(torch.cat(terms)) if terms else 0,
+        "hidden_rank": measures.effective_rank(x - x.mean(0)).item(),
+        "jacobian_rank": sum(map(measures.numerical_rank, terms)) / max(1, len(terms)),
+        "jacobian_span": measures.numerical_rank(torch.cat(terms)) if terms else 0,
         "width": x.size(1),
         "top_tokens": _top_tokens(seen, dictionary),
     }
@@ -163,7 +163,7 @@ def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> 
             return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)[0]
 
         with torch.enable_grad():
-            yield statistics.routing_jacobian(gates, outputs[token], seen.x[token])
+            yield measures.routing_jacobian(gates, outputs[token], seen.x[token])
 
 
 def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:

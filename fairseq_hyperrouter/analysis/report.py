@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from . import pictures, statistics
+from . import measures, pictures
 from .evaluation import Evaluator, labels
 from .inspection import JACOBIANS, SAMPLE, TOKENS, Inspection, inspect
 from .machine import machine
@@ -69,7 +69,7 @@ def _changed(found: Sequence[Dict[str, Any]], inspections: Sequence[Inspection])
             other = inspections[j]
             shapes = [[tuple(chosen.shape) for chosen in inspection.chosen] for inspection in (one, other)]
             if one.chosen and shapes[0] == shapes[1]:
-                share = [statistics.changed(a, b).item() for a, b in zip(other.chosen, one.chosen)]
+                share = [measures.changed(a, b).item() for a, b in zip(other.chosen, one.chosen)]
                 pairs.append({"first": found[j]["label"], "second": found[i]["label"], "share": share})
     return pairs
 

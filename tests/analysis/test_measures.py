@@ -5,31 +5,31 @@ import math
 import pytest
 import torch
 
-from fairseq_hyperrouter.analysis import statistics
+from fairseq_hyperrouter.analysis import measures
 
 
 def test_changed():
     one = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
     other = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 1], [0, 0, 1]]).bool()
-    assert statistics.changed(one, other).item() == 0.5
+    assert measures.changed(one, other).item() == 0.5
 
 
 def test_pairwise_cosines():
     items = torch.tensor([[[1.0, 0], [0, 0]], [[1.0, 0], [1, 0]], [[0.0, 0], [0, -2]]])
     half = 1 / math.sqrt(2)
     expected = torch.tensor([[1, half, 0], [half, 1, 0], [0, 0, 1]], dtype=torch.float64)
-    torch.testing.assert_close(statistics.pairwise(statistics.cosine, items), expected)
+    torch.testing.assert_close(measures.pairwise(measures.cosine, items), expected)
 
 
 def test_ranks():
     """Even and single directions; singular values 3, 1 have shares 3/4 and 1/4."""
-    assert statistics.effective_rank(torch.eye(5)).item() == pytest.approx(5)
-    assert statistics.effective_rank(torch.ones(7, 5)).item() == pytest.approx(1)
+    assert measures.effective_rank(torch.eye(5)).item() == pytest.approx(5)
+    assert measures.effective_rank(torch.ones(7, 5)).item() == pytest.approx(1)
     uneven = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert statistics.effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item() == pytest.approx(uneven)
-    assert statistics.numerical_rank(torch.ones(7, 5)) == 1
-    assert statistics.numerical_rank(torch.eye(5)) == 5
-    assert statistics.numerical_rank(torch.zeros(3, 3)) == 0
+    assert measures.effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item() == pytest.approx(uneven)
+    assert measures.numerical_rank(torch.ones(7, 5)) == 1
+    assert measures.numerical_rank(torch.eye(5)) == 5
+    assert measures.numerical_rank(torch.zeros(3, 3)) == 0
 
 
 def test_routing_jacobian():
@@ -45,7 +45,7 @@ def test_routing_jacobian():
         return torch.zeros(E, dtype=torch.double).scatter(0, chosen, z[chosen].softmax(0))
 
     outputs = torch.einsum("eij,j->ei", experts, x).tanh()
-    found = statistics.routing_jacobian(gates, outputs, x)
+    found = measures.routing_jacobian(gates, outputs, x)
 
     def layer(x):
         return gates(x) @ torch.einsum("eij,j->ei", experts, x).tanh()
@@ -57,4 +57,4 @@ def test_routing_jacobian():
     torch.testing.assert_close(found, jacobian(layer, x) - jacobian(without_gates, x))
     g, y = gates(x), layer(x)
     torch.testing.assert_close(found, torch.einsum("e,ei,ej->ij", g, outputs - y, W))
-    assert statistics.numerical_rank(found) == K - 1
+    assert measures.numerical_rank(found) == K - 1
