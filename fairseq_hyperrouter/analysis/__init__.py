@@ -1,1 +1,18 @@
-"""What a trained model costs and does: numbers first, pictures from the numbers."""
+"""What a trained model costs and does: numbers first, pictures from the numbers.
+
+observation.py   a look inside a model while it is evaluated
+cost.py          parameters and operations
+measures.py      similarities, ranks and the like, of tensors
+machine.py       where numbers were made
+table.py         tables of them as Markdown
+pictures.py      pictures of them
+evaluation.py    the loss of a checkpoint at any number of experts       observation, cost
+inspection.py    what its routing looks like, layer by layer             evaluation, observation, measures
+layer_table.py   that as a table
+page.py          that as an HTML page                                    inspection, layer_table
+allocation.py    fairseq-hyperrouter allocate                            evaluation
+sweep.py         fairseq-hyperrouter sweep                               evaluation, table, pictures
+report.py        fairseq-hyperrouter report                              evaluation, inspection, page, ...
+
+On the right: which of the others a module imports, always from above it.
+"""

@@ -44,7 +44,7 @@ class Inspection(NamedTuple):
     """Of one checkpoint at one K."""
 
     layers: List[Dict[str, Any]]
-    """Numbers of each MoE layer, as JSON takes them."""
+    """Numbers of each MoE layer, as JSON takes them. What is logged too has that name, less its moe_."""
     chosen: List[Tensor]
     """(T, E) bool per layer, which experts each token of the text has."""
 
@@ -135,10 +135,10 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
         "outer_balance": metrics.outer_balance(routing).mean().item(),
         "margin": metrics.margin(routing).mean().item(),
         "load": (load / load.sum()).tolist(),
-        "coefficient_of_variation": metrics.load_cv(load).item(),
-        "max_violation": metrics.load_imbalance(load).item() - 1,
+        "load_imbalance": metrics.load_imbalance(load).item(),
+        "load_cv": metrics.load_cv(load).item(),
         "unused_experts": int((load == 0).sum()),
-        "mean_experts": (load.sum() / losses.num_tokens(routing)).item(),
+        "mean_top_k": (load.sum() / losses.num_tokens(routing)).item(),
         "output_similarity": similarity.tolist(),
         "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
         "weight_similarity": cosine.tolist(),

@@ -8,8 +8,8 @@ NUMBERS = (  # name in an Inspection, title, meaning
     ("inner_balance", "p1 / p2", "probability of the best expert over the second's, geometric mean"),
     ("outer_balance", "mass of the chosen", "probability of the chosen experts together"),
     ("margin", "margin", "how much the logits of the chosen experts are above those of the others"),
-    ("coefficient_of_variation", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),
-    ("max_violation", "max violation", "load of the fullest expert over the mean, less 1 (arXiv 2408.15664)"),
+    ("load_imbalance", "load imbalance", "load of the fullest expert over the mean; 1 when even"),
+    ("load_cv", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),
     ("unused_experts", "unused", "experts that no token has"),
     (
         "mean_output_similarity",

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 LINES = (
     ("normalised_entropy", "router entropy / ln E"),
-    ("coefficient_of_variation", "load: standard deviation / mean"),
+    ("load_cv", "load: standard deviation / mean"),
     ("mean_output_similarity", "similarity of experts' outputs (CKA)"),
     ("mean_weight_similarity", "similarity of experts' weights (cosine)"),
     ("hidden_rank", "effective rank of the router's input"),

@@ -56,7 +56,7 @@ def test_numbers(reported, data, trained):
     assert layer["normalised_entropy"] == pytest.approx(expected / math.log(EXPERTS), rel=1e-5)
     load = torch.bincount(chosen.reshape(-1), minlength=EXPERTS) / chosen.numel()
     assert layer["load"] == pytest.approx(load.tolist())
-    assert layer["mean_experts"] == TOP_K and sum(layer["load"]) == pytest.approx(1)
+    assert layer["mean_top_k"] == TOP_K and sum(layer["load"]) == pytest.approx(1)
     mass = torch.stack([p[index].sum() for p, index in zip(logits.softmax(-1), chosen)]).mean()
     assert layer["outer_balance"] == pytest.approx(mass.item(), rel=1e-5)
     assert len(content["changed"]) == 1 and all(0 < share <= 1 for share in content["changed"][0]["share"])
