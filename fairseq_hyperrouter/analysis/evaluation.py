@@ -1,5 +1,6 @@
 """A checkpoint's model, ready to be evaluated again and again with other experts per token."""
 
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -172,13 +173,17 @@ class Evaluator:
 
 
 def labels(paths: Sequence[Path]) -> List[str]:
-    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else the whole path."""
-    folders = [path.resolve().parent.name for path in paths]
-    files = [f"{folder}/{path.stem}" for folder, path in zip(folders, paths)]
-    for names in (folders, files):
-        if len(set(names)) == len(paths):
-            return names
-    return [str(path) for path in paths]
+    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else the whole path.
+
+    A file that is named again gets a number: "smoe", "smoe (2)".
+    """
+    files = [Path(os.path.abspath(path)) for path in paths]
+    folders = [file.parent.name for file in files]
+    for names in (folders, [f"{file.parent.name}/{file.stem}" for file in files], list(map(str, paths))):
+        if len(set(names)) == len(set(files)):
+            break
+    times = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [name if time == 1 else f"{name} ({time})" for name, time in zip(names, times)]
 
 
 def as_text(top_k: Optional[TopK]) -> str:
