@@ -26,6 +26,11 @@ def parse_ints(option: str, value: str) -> Tuple[int, ...]:
         raise UserError(f"{option} {value!r}: must be integers separated by commas, as in 1,2,4") from None
 
 
+def format_ints(values: TopK) -> str:
+    """As parse_ints takes them: 8 -> "8", (1, 4) -> "1,4"."""
+    return ",".join(map(str, [values] if isinstance(values, int) else values))
+
+
 def parse_top_k(option: str, value: object, num_experts: int) -> int:
     """*value* as a number of experts per token; a UserError names the *option* when it is none."""
     if str(value).strip().isdecimal() and 1 <= int(str(value)) <= num_experts:
@@ -39,8 +44,9 @@ def top_k_per_layer(option: str, top_k: TopK, num_experts: int, num_layers: int)
     for number in numbers:
         parse_top_k(option, number, num_experts)
     if len(numbers) not in (1, num_layers):
-        value = ",".join(map(str, numbers))
-        raise UserError(f"{option} {value}: must be one number, or one for each of the {num_layers} MoE layers")
+        raise UserError(
+            f"{option} {format_ints(numbers)}: must be one number, or one for each of the {num_layers} MoE layers"
+        )
     return numbers * num_layers if len(numbers) == 1 else numbers
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from fairseq_hyperrouter import MoEConfig, UserError
-from fairseq_hyperrouter.config import parse_ints, parse_top_k
+from fairseq_hyperrouter.config import format_ints, parse_ints, parse_top_k
 
 BAD = [
     ({"moe_router": "best"}, r"--moe-router 'best': choose from .*hyperrouter.*smoe"),
@@ -107,6 +107,7 @@ def test_outside_a_full_config_references_have_defaults():
 
 def test_parsing():
     assert parse_ints("--x", "1, 2,-3") == (1, 2, -3)
+    assert [format_ints(value) for value in (8, (1, 4), [3])] == ["8", "1,4", "3"]
     assert parse_top_k("--x", "4", 4) == 4
     for value in ("", None, 5, -1, True, "²"):
         with pytest.raises(UserError, match=r"--x .*: must be an integer between 1 and the number of experts \(4\)"):

@@ -12,7 +12,7 @@ from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import eval_lm
 from torch import Tensor
 
-from fairseq_hyperrouter.config import TopK
+from fairseq_hyperrouter.config import TopK, format_ints
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Routing, losses
@@ -108,7 +108,7 @@ class Evaluator:
         Exactly so many: a threshold or top-p that the checkpoint was trained with does not hold.
         "mean_top_k" is how many experts a token had, averaged over tokens and layers. Without experts *top_k* is None.
         """
-        name = f"{self.label} k={as_text(top_k)}" if self.has_experts else self.label
+        name = f"{self.label} k={format_ints(top_k)}" if self.has_experts else self.label
         row: Row = {"checkpoint": str(self.path), "label": self.label, "top_k": top_k, "split": self.split}
         at_top_k = self.model.at_top_k(top_k, top_p=top_p) if self.has_experts else nullcontext()
         counts = torch.zeros(len(self.layers), 2, dtype=torch.double, device=self.device)
@@ -184,8 +184,3 @@ def labels(paths: Sequence[Path]) -> List[str]:
             break
     times = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return [name if time == 1 else f"{name} ({time})" for name, time in zip(names, times)]
-
-
-def as_text(top_k: Optional[TopK]) -> str:
-    """8 -> "8", (1, 4) -> "1,4", as in ``--moe-eval-top-k``."""
-    return ",".join(map(str, [top_k] if isinstance(top_k, (int, type(None))) else top_k))

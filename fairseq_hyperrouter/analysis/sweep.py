@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence
 
-from .evaluation import Evaluator, Row, as_text, labels
+from fairseq_hyperrouter.config import format_ints
+
+from .evaluation import Evaluator, Row, labels
 from .pictures import perplexity_curves
 from .table import markdown_table
 
@@ -63,7 +65,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _k(row: Row) -> str:
     if row["top_k"] is None:
         return "dense"
-    return as_text(row["top_k"]) if row["top_p"] is None else f"top-p {row['top_p']:g}"
+    return format_ints(row["top_k"]) if row["top_p"] is None else f"top-p {row['top_p']:g}"
 
 
 def write(rows: Sequence[Row], folder: Path, name: str = "sweep") -> List[Path]:

@@ -4,8 +4,9 @@ import argparse
 from typing import Dict, Optional
 
 from ..analysis.allocation import allocate
-from ..analysis.evaluation import Evaluator, Row, as_text
+from ..analysis.evaluation import Evaluator, Row
 from ..analysis.sweep import markdown, write
+from ..config import format_ints
 from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "find how many experts each layer of a model needs"
@@ -38,4 +39,4 @@ def _overrides(evaluator: Evaluator, row: Row) -> Dict[str, Optional[str]]:
     """With which the checkpoint does what was measured: exactly so many experts, without a limit of its own."""
     config = evaluator.model.decoder.moe_config
     limits = [name for name in ("moe_eval_threshold", "moe_eval_top_p") if getattr(config, name) is not None]
-    return {"moe_eval_top_k": as_text(row["top_k"]), **dict.fromkeys(limits)}
+    return {"moe_eval_top_k": format_ints(row["top_k"]), **dict.fromkeys(limits)}

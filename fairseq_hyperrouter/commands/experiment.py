@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 from ..checks.data_folder import check_folders
-from ..config import parse_ints
 from ..errors import UserError
 from ..experiments import read_experiment, run_experiment
-from .evaluating import DATA, show
+from .evaluating import DATA, integers, show
 
 HELP = "train and evaluate the runs that a file names"
 
@@ -27,8 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    seeds = None if args.seeds is None else parse_ints("--seeds", args.seeds)
-    experiment = read_experiment(args.file, args.setting, seeds)
+    experiment = read_experiment(args.file, args.setting, integers("--seeds", args.seeds))
     data = args.data or experiment.data
     if data is None:
         raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")

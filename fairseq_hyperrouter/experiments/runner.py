@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 from tqdm import tqdm
 
+from fairseq_hyperrouter.config import format_ints
 from fairseq_hyperrouter.errors import UserError
 
 from .experiment import Experiment, Run
@@ -169,7 +170,7 @@ class _Workers:
 
     def _evaluation(self, run: Run, out: Path) -> List[str]:
         checkpoint = self.out / run.folder / f"checkpoint_{self.experiment.checkpoint}.pt"
-        where = ["--top-k", ",".join(map(str, run.at)), "--out", str(out), *(["--cpu"] if self.cpu else [])]
+        where = ["--top-k", format_ints(run.at), "--out", str(out), *(["--cpu"] if self.cpu else [])]
         command = [sys.executable, "-m", "fairseq_hyperrouter.commands", "sweep", str(checkpoint), self.data]
         return [*command, *where, *self.experiment.evaluation]
 

@@ -16,7 +16,7 @@ from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers
 from fairseq_hyperrouter.checks.stock_options import check_training
 from fairseq_hyperrouter.compat import mend_config
-from fairseq_hyperrouter.config import parse_ints
+from fairseq_hyperrouter.config import format_ints, parse_ints
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 from fairseq_hyperrouter.workers import gives_up_without_memory, number_of_workers
@@ -86,7 +86,7 @@ class HyperRouterTask(LanguageModelingTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         cfg = args._get_parent() if hasattr(args, "_get_parent") else None
         if isinstance(getattr(args, "moe_eval_top_k", None), (list, ListConfig)):  # as a --model-overrides may say it
-            args.moe_eval_top_k = ",".join(map(str, args.moe_eval_top_k))
+            args.moe_eval_top_k = format_ints(args.moe_eval_top_k)
         self.builds_for_training = cfg is not None and not from_checkpoint
         if self.builds_for_training:
             self.update_freq = tuple(cfg.optimization.update_freq)
