@@ -47,6 +47,8 @@ class Inspection(NamedTuple):
     """Numbers of each MoE layer, as JSON takes them. What is logged too has that name, less its moe_."""
     chosen: List[Tensor]
     """(T, E) bool per layer, which experts each token of the text has."""
+    token_ids: Tensor
+    """(T,) which tokens these are."""
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def inspect(evaluator: Evaluator, top_k: int) -> Inspection:
     whole, parts = map(_together, seen), map(_together, sample)
     found = list(zip(evaluator.layers, whole, parts))
     layers = [_layer(layer, one, part, top_k, dictionary) for layer, one, part in found]
-    return Inspection(layers, [one.routing.chosen_mask() for _, one, _ in found])
+    return Inspection(layers, [one.routing.chosen_mask() for _, one, _ in found], found[0][1].token_ids)
 
 
 def _tokens(number: Tensor, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Iterator, Sequence
 
 from .inspection import JACOBIANS, SAMPLE, TOKENS
 from .layer_table import NUMBERS, layer_rows
@@ -40,7 +40,7 @@ def page(content: Dict[str, Any], images: Dict[str, bytes]) -> str:
             _image("load", images, "load of every expert in every layer"),
         ]
     if content["changed"]:
-        parts += ["<h2>Tokens whose experts differ</h2>", _changed_table(content["changed"])]
+        parts += ["<h2>Tokens whose experts differ</h2>", *_changed(content["changed"])]
     for number, checkpoint in enumerate(sparse):
         parts += [
             f"<h2>{html.escape(checkpoint['label'])}</h2>",
@@ -85,10 +85,16 @@ def _sweep_table(content: Dict[str, Any]) -> str:
     return _table(rows)
 
 
-def _changed_table(pairs: Sequence[Dict[str, Any]]) -> str:
-    rows = [["first", "second", *(f"layer {number}" for number in range(max(len(pair["share"]) for pair in pairs)))]]
-    rows += [[pair["first"], pair["second"], *(f"{share:.1%}" for share in pair["share"])] for pair in pairs]
-    return _table(rows)
+def _changed(pairs: Sequence[Dict[str, Any]]) -> Iterator[str]:
+    compared = [pair for pair in pairs if pair["share"] is not None]
+    if compared:
+        layers = range(max(len(pair["share"]) for pair in compared))
+        rows = [[pair["first"], pair["second"], *(f"{share:.1%}" for share in pair["share"])] for pair in compared]
+        yield _table([["first", "second", *(f"layer {number}" for number in layers)], *rows])
+    for pair in pairs:
+        if pair["share"] is None:
+            text = f"{pair['first']} and {pair['second']} cannot be compared: {pair['incomparable']}."
+            yield f"<p class='note'>{html.escape(text)}</p>"
 
 
 def _token_table(index: int, layer: Dict[str, Any]) -> str:

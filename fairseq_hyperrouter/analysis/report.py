@@ -2,8 +2,11 @@
 
 import io
 import json
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch
 
 from . import measures, pictures
 from .evaluation import Evaluator, labels
@@ -25,28 +28,44 @@ def report(
         options: Evaluator's.
     """
     found: List[Dict[str, Any]] = []
-    inspections: List[Inspection] = []
+    inspections: Dict[str, Inspection] = {}
     for path, label in zip(checkpoints, labels(checkpoints)):
         evaluator = Evaluator(path, data, label=label, **options)
         evaluator.top_ks("--look-at", [look_at])
         sweep = [evaluator.at(k) for k in evaluator.top_ks("--top-k", top_k)]
-        inspection = inspect(evaluator, look_at) if evaluator.layers else Inspection([], [])
-        found.append({"label": label, "sweep": sweep, "layers": inspection.layers})
-        inspections.append(inspection)
-    return {"look_at": look_at, "machine": machine(), "checkpoints": found, "changed": _changed(found, inspections)}
+        if evaluator.layers:
+            inspections[label] = inspect(evaluator, look_at)
+        found.append({"label": label, "sweep": sweep, "layers": inspections[label].layers if evaluator.layers else []})
+    return {"look_at": look_at, "machine": machine(), "checkpoints": found, "changed": _changed(inspections)}
 
 
-def _changed(found: Sequence[Dict[str, Any]], inspections: Sequence[Inspection]) -> List[Dict[str, Any]]:
-    """For every two checkpoints with layers alike, the share of tokens whose experts differ, per layer."""
+def _changed(inspections: Mapping[str, Inspection]) -> List[Dict[str, Any]]:
+    """For every two checkpoints with experts the share of tokens whose experts differ, per layer; or why there is none.
+
+    Args:
+        inspections: by the labels of the checkpoints.
+    """
     pairs = []
-    for i, one in enumerate(inspections):
-        for j in range(i):
-            other = inspections[j]
-            shapes = [[tuple(chosen.shape) for chosen in inspection.chosen] for inspection in (one, other)]
-            if one.chosen and shapes[0] == shapes[1]:
-                share = [measures.changed(a, b).item() for a, b in zip(other.chosen, one.chosen)]
-                pairs.append({"first": found[j]["label"], "second": found[i]["label"], "share": share})
+    for (first, one), (second, other) in combinations(inspections.items(), 2):
+        reason, share = _incomparable(one, other), None
+        if reason is None:
+            share = [measures.changed(*chosen).item() for chosen in zip(one.chosen, other.chosen)]
+        pairs.append({"first": first, "second": second, "share": share, "incomparable": reason})
     return pairs
+
+
+def _incomparable(one: Inspection, other: Inspection) -> Optional[str]:
+    """Why it cannot be said which tokens have other experts; None where it can."""
+    for what, numbers in (
+        ("MoE layers", [len(inspection.chosen) for inspection in (one, other)]),
+        ("experts", [inspection.chosen[0].size(1) for inspection in (one, other)]),
+    ):
+        if numbers[0] != numbers[1]:
+            return f"{numbers[0]} and {numbers[1]} {what}"
+    if not torch.equal(one.token_ids, other.token_ids):
+        options = "--tokens-per-sample, --sample-break-mode, --shorten-method or --add-bos-token"
+        return f"they see other tokens of the text, by the {options} of their trainings"
+    return None
 
 
 def write(content: Dict[str, Any], folder: Path) -> List[Path]:

@@ -71,7 +71,7 @@ def test_the_report_measures_what_is_logged(options):
         if layer.moe.router.loss_free_rate:
             layer.moe.router.balancing_steps.copy_(torch.tensor([3, 0, -1, -2]))
     expected = logged(model, samples, 2)
-    layers, chosen = inspect(evaluator(model, samples), 2)
+    layers, chosen, _ = inspect(evaluator(model, samples), 2)
     for number, layer in enumerate(layers):
         for name, metric in LOGGED.items():
             assert layer[name] == pytest.approx(expected[f"{metric}_layer{number}"], abs=6e-3), name
@@ -108,6 +108,7 @@ def test_which_tokens_depends_on_the_text_alone(monkeypatch):
             assert {**layer, "top_tokens": 0} == approx({**expected, "top_tokens": 0})
             assert layer["top_tokens"] == expected["top_tokens"]
         assert all(map(torch.equal, other.chosen, found[0].chosen))
+        assert torch.equal(other.token_ids, found[0].token_ids)
     assert len(found[0].chosen[0]) == 28  # every second of 56
 
 
