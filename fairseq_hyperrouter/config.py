@@ -53,8 +53,11 @@ def top_k_per_layer(option: str, top_k: TopK, num_experts: int, num_layers: int)
 def distill_weight(criterion: Any, model: Any) -> float:
     """The weight in force: that of the criterion's options, or else the default that the model's make."""
     given = getattr(criterion, "moe_distill_wt", 0.0)  # another criterion has none
-    if given is not None:
-        return given
+    return default_distill_weight(model) if given is None else given
+
+
+def default_distill_weight(model: Any) -> float:
+    """Where the criterion's options give none."""
     elastic = getattr(model, "moe_top_k_schedule", "constant") == "elastic"  # a dense model has none
     return ELASTIC_DISTILL_WEIGHT if elastic and getattr(ROUTERS.get(model.moe_router), "can_distill", False) else 0.0
 

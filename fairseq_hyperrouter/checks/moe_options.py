@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import MoEConfig
+from ..config import NO_LAYERS, MoEConfig, default_distill_weight
 from ..errors import UserError, option_name
 from ..experts.backend import check_device
 from ..routing import ROUTERS, Router
@@ -49,6 +49,7 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
     _check_schedule(cfg, MoEConfig.from_namespace(moe))
+    _check_distillation(cfg, MoEConfig.from_namespace(moe))
     stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update
     if "moe_stage1_updates" in router.takes:
         if stage1 is None and not updates:
@@ -65,11 +66,21 @@ def _check_schedule(cfg: Any, moe: MoEConfig) -> None:
             f"--moe-top-k-schedule-updates {length}: means nothing to {moe.moe_top_k_schedule}; leave it out, "
             "or give --moe-top-k-schedule linear, cosine, exponential or steps, or --moe-top-k-start with elastic"
         )
-    distill = getattr(cfg.criterion, "moe_distill_wt", None)
-    if distill and moe.moe_top_k_schedule == "constant":
-        raise UserError(f"--moe-distill-wt {distill}: with a constant k there is nothing larger to learn from; give 0")
-    if distill and not ROUTERS[moe.moe_router].can_distill:
-        raise UserError(f"--moe-distill-wt {distill}: {moe.moe_router} trains with as many experts at every k; give 0")
+
+
+def _check_distillation(cfg: Any, moe: MoEConfig) -> None:
+    """It needs a k that changes, and a criterion that distils."""
+    given = getattr(cfg.criterion, "moe_distill_wt", None)
+    if given and moe.moe_top_k_schedule == "constant":
+        raise UserError(f"--moe-distill-wt {given}: with a constant k there is nothing larger to learn from; give 0")
+    if given and not ROUTERS[moe.moe_router].can_distill:
+        raise UserError(f"--moe-distill-wt {given}: {moe.moe_router} trains with as many experts at every k; give 0")
+    can_distill = hasattr(cfg.criterion, "moe_distill_wt")
+    if not can_distill and moe.moe_layers != NO_LAYERS and default_distill_weight(moe) > 0:
+        logger.warning(
+            f"--moe-top-k-schedule {moe.moe_top_k_schedule}: --criterion {cfg.criterion._name} trains without "
+            "distillation, which this schedule has by default with --criterion moe_cross_entropy"
+        )
 
 
 def check_backend_here(cfg: Any) -> None:

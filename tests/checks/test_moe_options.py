@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.checks.moe_options import check_backend_here, warn_of_untaught_routers
+from fairseq_hyperrouter import MoEConfig, UserError
+from fairseq_hyperrouter.checks.moe_options import check_backend_here, check_routing_parts, warn_of_untaught_routers
 from tests.tiny import tiny_model
 
 
@@ -40,3 +40,29 @@ def test_a_backend_without_its_device(monkeypatch):
         check_backend_here(cfg)
     cfg.model.moe_backend = "runs"
     check_backend_here(cfg)
+
+
+@pytest.mark.parametrize(
+    "options, warns",
+    [
+        ({"moe_top_k_schedule": "elastic"}, True),
+        ({"moe_top_k_schedule": "elastic", "moe_router": "smoe"}, True),
+        ({"moe_top_k_schedule": "elastic", "criterion": "moe_cross_entropy"}, False),
+        ({"moe_top_k_schedule": "elastic", "moe_layers": "none"}, False),
+        ({"moe_top_k_schedule": "constant"}, False),
+    ],
+)
+def test_warns_where_the_criterion_cannot_distil(caplog, options, warns):
+    """Elastic's default is no wish of the user's; a --moe-distill-wt of theirs is refused by fairseq's parser."""
+    name = options.pop("criterion", "cross_entropy")
+    criterion = SimpleNamespace(_name=name, **({"moe_distill_wt": None} if name == "moe_cross_entropy" else {}))
+    cfg = SimpleNamespace(
+        model=MoEConfig(moe_top_k=4, seed=1, max_update=9, moe_top_k_schedule_updates=0),
+        criterion=criterion,
+        optimization=SimpleNamespace(max_update=9),
+    )
+    for option, value in options.items():
+        setattr(cfg.model, option, value)
+    check_routing_parts(cfg, task=None)
+    expected = ["--moe-top-k-schedule elastic: --criterion cross_entropy trains without distillation"] * warns
+    assert [record.message.partition(",")[0] for record in caplog.records] == expected
