@@ -1,4 +1,12 @@
-"""Many trainings and their evaluation from one small file; knows fairseq's commands, nothing of models."""
+"""Many trainings and their evaluation from one small file; knows fairseq's commands, nothing of models.
+
+experiment.py   what a file says
+run_folder.py   what is done of a run
+results.py      what the runs came to
+processes.py    commands in processes of their own
+progress.py     the bar
+runner.py       all of it
+"""
 
 from .experiment import Experiment, Run, read_experiment
 from .runner import run_experiment

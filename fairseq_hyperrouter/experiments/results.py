@@ -1,4 +1,4 @@
-"""The results of an experiment as numbers, table and picture."""
+"""The results of an experiment: read from the folders of its runs, written as numbers, table and picture."""
 
 import json
 import statistics
@@ -10,6 +10,7 @@ from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 from .experiment import Experiment, Run
+from .run_folder import LOGGED, SWEEP, RunFolder
 
 DENSE = None
 """Stands for k in the results of a model without experts."""
@@ -23,6 +24,11 @@ class Result(NamedTuple):
     """Rows of ``fairseq-hyperrouter sweep``."""
     logged: Dict[str, float]
     """What its training logged last: means over its last epoch."""
+
+
+def read_results(folders: Sequence[RunFolder]) -> List[Result]:
+    """What the runs that are done came to."""
+    return [Result(one.run, one.read(SWEEP), one.read(LOGGED)) for one in folders if one.is_evaluated]
 
 
 def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
