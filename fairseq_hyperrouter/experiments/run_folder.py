@@ -38,7 +38,7 @@ class RunFolder:
         }
 
     def claim(self, data: str) -> None:
-        """Write down the run's options. Where it was evaluated otherwise, that result is removed.
+        """Write down the run's options.
 
         Raises:
             UserError (a ValueError): it was trained with others, if only to its first checkpoint.
@@ -46,15 +46,13 @@ class RunFolder:
         training = {"data": str(Path(data).resolve()), "arguments": list(self.run.options)}
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / OPTIONS).exists():
-            before = self.read(OPTIONS)
-            changed = sorted(set(_pairs(before)) ^ set(_pairs(training)))
-            if not changed and all(before.get(name) == value for name, value in self.evaluation.items()):
+            changed = sorted(set(_pairs(self.read(OPTIONS))) ^ set(_pairs(training)))
+            if not changed:
                 return
-            if changed and self._has_begun():
+            if self._has_begun():
                 raise UserError(
                     f"{self.path}: holds a run with other options ({', '.join(changed)}): move it, or give --out"
                 )
-            (self.path / SWEEP).unlink(missing_ok=True)
         self._write(OPTIONS, {**training, **self.evaluation})
 
     @contextlib.contextmanager
@@ -73,7 +71,11 @@ class RunFolder:
 
     @property
     def is_evaluated(self) -> bool:
-        return self.is_trained and (self.path / SWEEP).exists()
+        """Whether it is done: trained, and evaluated as the experiment says now."""
+        if not (self.is_trained and (self.path / SWEEP).exists()):
+            return False
+        options = self.read(OPTIONS)
+        return all(options.get(name) == value for name, value in self.evaluation.items())
 
     @property
     def has_ended_training(self) -> bool:
@@ -81,11 +83,14 @@ class RunFolder:
         return DONE in self._newest_log()
 
     def keep_training(self) -> None:
-        """From here on it is trained."""
+        """From here on it is trained; what was evaluated of a training before it is worthless."""
+        (self.path / SWEEP).unlink(missing_ok=True)
         self._write(LOGGED, _last_logged(self.train_log.read_text(errors="replace")))
 
     def keep_evaluation(self) -> None:
-        """Move the sweep that is done to where it counts."""
+        """Put the sweep that is done in the place of an older one."""
+        (self.path / SWEEP).unlink(missing_ok=True)  # never one beside the options of another
+        self._write(OPTIONS, {**self.read(OPTIONS), **self.evaluation})
         for file in sorted(self.unfinished_sweep.iterdir(), key=lambda file: file.name == SWEEP):
             file.replace(self.path / file.name)
         self.unfinished_sweep.rmdir()

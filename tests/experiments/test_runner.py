@@ -1,6 +1,7 @@
 """What is done of a run, and in which order. Whole experiments: tests/end_to_end/test_experiment.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experiments import Experiment, Run, run_experiment
 from fairseq_hyperrouter.experiments.processes import Processes
+from fairseq_hyperrouter.experiments.results import read_results
 from fairseq_hyperrouter.experiments.run_folder import LOGGED, SWEEP, RunFolder
 from fairseq_hyperrouter.experiments.runner import _Steps
 
@@ -45,6 +47,38 @@ def test_an_evaluation_counts_when_it_is_whole(tmp_path):
     assert steps.complete(folder) == ""
     assert folder.read(SWEEP) == sweeps.rows and (folder.path / "sweep.png").exists()
     assert steps.complete(folder) == "" and not sweeps.statuses
+
+
+def test_an_evaluation_is_kept_until_the_next_is_whole(tmp_path):
+    """It counts no more where the file says otherwise now, and again where the file is as it was."""
+    folder = RunFolder(tmp_path, EXPERIMENT, RUN)
+    folder.claim("data")
+    (folder.path / LOGGED).write_text("{}")
+    sweeps = Sweeps(0, 1, 0)
+    steps = _Steps(EXPERIMENT, "data", sweeps, cpu=True)
+    before = sweeps.rows = [{"top_k": 1}, {"top_k": 8}]
+    assert steps.complete(folder) == ""
+    changed = RunFolder(tmp_path, EXPERIMENT, replace(RUN, at=(1, 2)))
+    changed.claim("data")
+    sweeps.rows = [{"top_k": 1}, {"top_k": 2}]
+    assert "cut short" in steps.complete(changed)
+    assert changed.read(SWEEP) == before
+    assert read_results([changed]) == [] and [one.sweep for one in read_results([folder])] == [before]
+    folder.claim("data")
+    assert steps.complete(folder) == ""
+    changed.claim("data")
+    assert steps.complete(changed) == "" and changed.read(SWEEP) == sweeps.rows
+    assert changed.is_evaluated and not folder.is_evaluated and not sweeps.statuses
+
+
+def test_an_evaluation_of_an_older_training_does_not_count(tmp_path):
+    """Of one whose checkpoints somebody took away."""
+    folder = RunFolder(tmp_path, EXPERIMENT, RUN)
+    folder.claim("data")
+    (folder.path / SWEEP).write_text("[]")
+    folder.train_log.write_text("done training in 3 seconds")
+    steps = _Steps(EXPERIMENT, "data", Sweeps(1), cpu=True)
+    assert "cut short" in steps.complete(folder) and not folder.is_evaluated
 
 
 def test_mistakes(tmp_path):
