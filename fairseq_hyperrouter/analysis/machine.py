@@ -16,7 +16,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> str:
-    """The GPU, or the CPU and its cores, and the version of torch."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
-    return f"{device}, torch {torch.__version__}"
+def hardware(cpu: bool = False) -> str:
+    """The GPU, or the CPU and its cores where there is none, or with *cpu* it is not used."""
+    if torch.cuda.is_available() and not cpu:
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def machine(cpu: bool = False) -> str:
+    """The hardware and the version of torch."""
+    return f"{hardware(cpu)}, torch {torch.__version__}"

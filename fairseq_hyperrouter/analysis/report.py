@@ -36,7 +36,12 @@ def report(
         if evaluator.layers:
             inspections[label] = inspect(evaluator, look_at)
         found.append({"label": label, "sweep": sweep, "layers": inspections[label].layers if evaluator.layers else []})
-    return {"look_at": look_at, "machine": machine(), "checkpoints": found, "changed": _changed(inspections)}
+    return {
+        "look_at": look_at,
+        "machine": machine(options.get("cpu", False)),
+        "checkpoints": found,
+        "changed": _changed(inspections),
+    }
 
 
 def _changed(inspections: Mapping[str, Inspection]) -> List[Dict[str, Any]]:

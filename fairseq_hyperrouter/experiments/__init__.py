@@ -2,6 +2,7 @@
 
 experiment.py   what a file says
 run_folder.py   what is done of a run
+provenance.py   what trained it
 results.py      what the runs came to
 processes.py    commands in processes of their own
 progress.py     the bar

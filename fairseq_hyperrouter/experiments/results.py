@@ -3,13 +3,13 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq_hyperrouter.analysis.machine import machine
 from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
 
 from .experiment import Experiment, Run
+from .provenance import machine_of, software_of
 from .run_folder import LOGGED, SWEEP, RunFolder
 
 DENSE = None
@@ -24,11 +24,13 @@ class Result(NamedTuple):
     """Rows of ``fairseq-hyperrouter sweep``."""
     logged: Dict[str, float]
     """What its training logged last: means over its last epoch."""
+    trained_by: Sequence[Dict[str, Any]] = ()
+    """The ``provenance`` of its training, several where it went on elsewhere."""
 
 
 def read_results(folders: Sequence[RunFolder]) -> List[Result]:
     """What the runs that are done came to."""
-    return [Result(one.run, one.read(SWEEP), one.read(LOGGED)) for one in folders if one.is_evaluated]
+    return [Result(one.run, one.read(SWEEP), one.read(LOGGED), one.trained_by) for one in folders if one.is_evaluated]
 
 
 def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
@@ -39,7 +41,6 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
         "title": experiment.title,
         "setting": experiment.setting,
         "command": command,
-        "machine": machine(),
         "runs": [
             {
                 "name": result.run.name,
@@ -47,6 +48,7 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
                 "seed": result.run.seed,
                 "updates": result.run.updates,
                 "options": result.run.options,
+                "trained_by": result.trained_by,
                 "sweep": [{**row, "checkpoint": Path(row["checkpoint"]).name} for row in result.sweep],
                 "logged": result.logged,
             }
@@ -79,7 +81,8 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
     spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
     about = [
         f"**{experiment.title}** ({experiment.setting}; {_listed('seed', seeds)}; {' or '.join(map(str, updates))} "
-        f"updates; {machine()}).{spread}",
+        f"updates; {_trained_by('machine', machine_of, results)}; {_trained_by('version', software_of, results)})."
+        f"{spread}",
         f"`{command}`" if command else "",
         markdown_table(rows),
     ]
@@ -94,6 +97,14 @@ def collected(experiment: Experiment, results: Sequence[Result]) -> Dict[str, Di
         for found in result.sweep:
             row[found["top_k"]] = (*row.get(found["top_k"], ()), found[experiment.metric])
     return values
+
+
+def _trained_by(what: str, in_words: Callable[[Dict[str, Any]], str], results: Sequence[Result]) -> str:
+    """The machine or version that trained the *results*; each of them where there were several."""
+    found: Dict[str, None] = {}
+    for result in results:
+        found.update(dict.fromkeys(map(in_words, result.trained_by) if result.trained_by else ["not recorded"]))
+    return f"{len(found)} {what}s: {' / '.join(found)}" if len(found) > 1 else f"{what} {next(iter(found))}"
 
 
 def _cell(values: Sequence[float]) -> str:

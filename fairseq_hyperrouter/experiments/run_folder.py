@@ -1,6 +1,7 @@
 """What a run's folder holds, how far the run is, and what of it still counts.
 
 options.json                what it was trained with, and how it was evaluated
+trained.json                what trained it: its ``provenance``, several where it went on elsewhere
 train.log, checkpoint*.pt   of fairseq-train
 logged.json                 what the training logged last; there when it is done
 sweep.json, .md, .png       of ``fairseq-hyperrouter sweep``; there when it is whole
@@ -20,7 +21,7 @@ from fairseq_hyperrouter.errors import UserError
 
 from .experiment import Experiment, Run
 
-OPTIONS, LOGGED, SWEEP = "options.json", "logged.json", "sweep.json"
+OPTIONS, TRAINED, LOGGED, SWEEP = "options.json", "trained.json", "logged.json", "sweep.json"
 STARTED, DONE = "# started by fairseq-hyperrouter experiment", "done training in"
 
 
@@ -82,6 +83,16 @@ class RunFolder:
         """Whether fairseq-train came to its end, by its log."""
         return DONE in self._newest_log()
 
+    def note_start(self, provenance: Dict[str, Any]) -> None:
+        """Write down what trains it from here on: from its last checkpoint, or from the beginning."""
+        before = self.trained_by if self._has_checkpoint() else []
+        self._write(TRAINED, before if provenance in before else [*before, provenance])
+
+    @property
+    def trained_by(self) -> List[Dict[str, Any]]:
+        """The ``provenance`` of its training, several where it went on elsewhere; none by an older version."""
+        return self.read(TRAINED) if (self.path / TRAINED).exists() else []
+
     def keep_training(self) -> None:
         """From here on it is trained; what was evaluated of a training before it is worthless."""
         (self.path / SWEEP).unlink(missing_ok=True)
@@ -126,7 +137,10 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return True
-        return self.is_trained or any(self.path.glob("checkpoint*.pt"))
+        return self.is_trained or self._has_checkpoint()
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.path.glob("checkpoint*.pt"))
 
     def _newest_log(self) -> str:
         """The end of what the newest training wrote."""

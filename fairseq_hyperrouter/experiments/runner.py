@@ -12,10 +12,9 @@ from fairseq_hyperrouter.errors import UserError
 from .experiment import Experiment
 from .processes import Processes
 from .progress import progress
+from .provenance import PACKAGE, provenance
 from .results import read_results, write_results
 from .run_folder import STARTED, RunFolder
-
-USER_DIR = Path(__file__).parents[1]
 
 
 def run_experiment(
@@ -77,7 +76,8 @@ class _Steps:
             return "" if folder.is_evaluated else self._evaluate(folder, lock)
 
     def _train(self, folder: RunFolder, lock: int) -> str:
-        given = ["--user-dir", USER_DIR, "--save-dir", folder.path, "--seed", folder.run.seed, *self.device]
+        folder.note_start(provenance(cpu=bool(self.device) or "--cpu" in folder.run.options))
+        given = ["--user-dir", PACKAGE, "--save-dir", folder.path, "--seed", folder.run.seed, *self.device]
         defaults = ["--log-format", "json", "--log-interval", "20", "--no-epoch-checkpoints"]
         arguments = ["fairseq_cli.train", self.data, *defaults, *folder.run.options, *map(str, given)]
         return self._run(folder, arguments, folder.train_log, lock)

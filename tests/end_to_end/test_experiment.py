@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import torch
 import yaml
 
 from tests import commands
@@ -92,6 +93,10 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     assert "bad, seed 1: fairseq-train: error: --moe-router 'best': choose from" in result.err
     found = perplexities(out)
     assert set(found) == {"dense", "smoe"} and len(found["smoe"]) == 2
+    for run in json.loads((out / "results.json").read_text())["runs"]:
+        (record,) = run["trained_by"]
+        assert record["cpu"] is True and record["torch"] == torch.__version__
+    assert f"torch {torch.__version__}; version " in result.out
     assert f"wrote {out}/results.png" in result.out and re.search(r"\|  *smoe \|", result.out)
     before = (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime
     del runs["bad"]

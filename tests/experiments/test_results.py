@@ -1,6 +1,7 @@
 """The table and files of results, from hand-made ones."""
 
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,31 @@ def test_table_of_dense_models_alone():
     table = markdown(EXPERIMENT, RESULTS[-1:], "").split("\n\n")[-1]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert cells[0] == ["perplexity at k =", "", "training tokens/s"] and cells[2] == ["dense", "12.25 (dense)", ""]
+
+
+def trained_by(*commits, machine="a CPU"):
+    shared = {"version": "0.1.0", "dirty": False, "machine": machine, "torch": "2.0", "cpu": True}
+    return [{**shared, "commit": commit} for commit in commits]
+
+
+def test_head_of_runs_that_were_trained_elsewhere():
+    """Machines and commits are those of the trainings; where they differ, it says so."""
+
+    def head(*records):
+        results = [result(str(number), 1, {1: 9.0})._replace(trained_by=one) for number, one in enumerate(records)]
+        return re.search(r"9 updates; (.*)\)\.", markdown(EXPERIMENT, results, ""))[1]
+
+    one, other = "1" * 40, "2" * 40
+    same = trained_by(one)
+    assert head(same, same) == "machine a CPU, torch 2.0; version 0.1.0 at 1111111111"
+    resumed = [*same, {**same[0], "dirty": True, "commit": other}]
+    versions = "2 versions: 0.1.0 at 1111111111 / 0.1.0 at 2222222222, changed"
+    assert head(same, resumed) == f"machine a CPU, torch 2.0; {versions}"
+    elsewhere = trained_by(None, machine="a GPU")
+    versions = "2 versions: 0.1.0 at 1111111111 / 0.1.0"
+    assert head(same, elsewhere) == f"2 machines: a CPU, torch 2.0 / a GPU, torch 2.0; {versions}"
+    assert head(same, []).startswith("2 machines: a CPU, torch 2.0 / not recorded; 2 versions: ")
+    assert head([], []) == "machine not recorded; version not recorded"
 
 
 @pytest.mark.parametrize("which", [RESULTS, RESULTS[-1:]], ids=["all", "dense alone"])

@@ -48,3 +48,18 @@ def test_how_far_a_training_is(tmp_path):
     assert folder.has_ended_training and not folder.is_trained
     folder.keep_training()
     assert folder.is_trained and folder.read(LOGGED) == {"num_updates": 9, "train_wps": 12.5}
+
+
+def test_what_trained_it(tmp_path):
+    """A training that starts from the beginning has nothing of one that failed before its first checkpoint."""
+    folder = RunFolder(tmp_path, EXPERIMENT, RUN)
+    folder.claim("data")
+    assert folder.trained_by == []
+    one, other = {"commit": "1"}, {"commit": "2"}
+    for provenance, expected in ((other, [other]), (one, [one]), (one, [one])):
+        folder.note_start(provenance)
+        assert folder.trained_by == expected
+    (folder.path / "checkpoint_last.pt").touch()
+    for provenance, expected in ((one, [one]), (other, [one, other]), (one, [one, other])):
+        folder.note_start(provenance)
+        assert folder.trained_by == expected
