@@ -13,10 +13,10 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from ..config import MoEConfig
-from ..errors import UserError
-from ..experts import ExpertBank
-from ..routing import ROUTERS, Place
+from fairseq_hyperrouter.config import MoEConfig
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.experts import ExpertBank
+from fairseq_hyperrouter.routing import ROUTERS, Place
 
 logger = logging.getLogger(__name__)
 

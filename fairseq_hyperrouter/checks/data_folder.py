@@ -6,7 +6,7 @@ from typing import Optional
 
 import numpy as np
 
-from ..errors import UserError
+from fairseq_hyperrouter.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 8, 8: 2, 9: 4, 10: 8}  # by fairseq's code of a number type

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from ..command_line import running_command
-from ..config import distill_weight
-from ..errors import UserError
-from ..routing import ROUTERS
-from ..workers import number_of_workers
+from fairseq_hyperrouter.command_line import running_command
+from fairseq_hyperrouter.config import distill_weight
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.routing import ROUTERS
+from fairseq_hyperrouter.workers import number_of_workers
 
 OPTION = "--moe-expert-parallel-size"
 PYTORCH_DDP = ("pytorch_ddp", "c10d")

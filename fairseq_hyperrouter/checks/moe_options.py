@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..config import NO_LAYERS, MoEConfig, default_distill_weight
-from ..errors import UserError, option_name
-from ..experts.backend import check_device
-from ..routing import ROUTERS, Router
+from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, default_distill_weight
+from fairseq_hyperrouter.errors import UserError, option_name
+from fairseq_hyperrouter.experts.backend import check_device
+from fairseq_hyperrouter.routing import ROUTERS, Router
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,10 @@ import re
 from itertools import pairwise
 from typing import Any, Sequence
 
-from ..config import parse_ints
-from ..errors import UserError, option_name
-from ..workers import number_of_workers
+from fairseq_hyperrouter.config import parse_ints
+from fairseq_hyperrouter.errors import UserError, option_name
+from fairseq_hyperrouter.workers import number_of_workers
+
 from .checkpoints import check_same_model, repair, restored_checkpoint
 from .distributed_options import check_workers
 

@@ -8,7 +8,8 @@ import logging
 import sys
 from typing import List, Optional
 
-from ..command_line import explain
+from fairseq_hyperrouter.command_line import explain
+
 from . import allocate, experiment, launch, report, sweep, user_dir
 
 _SUBCOMMANDS = {

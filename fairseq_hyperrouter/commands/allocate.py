@@ -3,10 +3,11 @@
 import argparse
 from typing import Dict, Optional
 
-from ..analysis.allocation import allocate
-from ..analysis.evaluation import Evaluator, Row
-from ..analysis.sweep import markdown, write
-from ..config import format_ints
+from fairseq_hyperrouter.analysis.allocation import allocate
+from fairseq_hyperrouter.analysis.evaluation import Evaluator, Row
+from fairseq_hyperrouter.analysis.sweep import markdown, write
+from fairseq_hyperrouter.config import format_ints
+
 from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "find how many experts each layer of a model needs"

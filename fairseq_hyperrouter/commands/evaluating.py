@@ -7,8 +7,8 @@ from typing import Any, Dict, Iterable, Optional, Sequence
 
 from fairseq.utils import import_user_module
 
-from ..config import parse_ints
-from ..errors import UserError
+from fairseq_hyperrouter.config import parse_ints
+from fairseq_hyperrouter.errors import UserError
 
 TOP_KS = "default: 1, 2, 4, ... and all experts"
 CHECKPOINT: Dict[str, Any] = {"type": Path, "metavar": "CHECKPOINT", "help": "a language model's checkpoint"}

@@ -5,9 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..checks.data_folder import check_folders
-from ..errors import UserError
-from ..experiments import read_experiment, run_experiment
+from fairseq_hyperrouter.checks.data_folder import check_folders
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.experiments import read_experiment, run_experiment
+
 from .evaluating import DATA, integers, show
 
 HELP = "train and evaluate the runs that a file names"

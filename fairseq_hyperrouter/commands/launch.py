@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..errors import UserError
-from ..launch import launch
+from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.launch import launch
 
 HELP = "run a fairseq command as several workers on this machine's CPUs"
 

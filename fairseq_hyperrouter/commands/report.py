@@ -2,7 +2,8 @@
 
 import argparse
 
-from ..analysis.report import markdown, report, write
+from fairseq_hyperrouter.analysis.report import markdown, report, write
+
 from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "one page about what checkpoints' routers and experts do"

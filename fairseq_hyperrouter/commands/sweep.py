@@ -3,8 +3,9 @@
 import argparse
 from typing import List
 
-from ..analysis.sweep import markdown, sweep, write
-from ..errors import UserError
+from fairseq_hyperrouter.analysis.sweep import markdown, sweep, write
+from fairseq_hyperrouter.errors import UserError
+
 from .evaluating import CHECKPOINT, DATA, TOP_KS, add_evaluation, begin, integers, show
 
 HELP = "evaluate checkpoints at several numbers of experts per token"
