@@ -46,7 +46,7 @@ class RunFolder:
         """
         training = {"data": str(Path(data).resolve()), "arguments": list(self.run.options)}
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / OPTIONS).exists():
+        if self._holds(OPTIONS):
             changed = sorted(set(_pairs(self.read(OPTIONS))) ^ set(_pairs(training)))
             if not changed:
                 return
@@ -68,15 +68,16 @@ class RunFolder:
 
     @property
     def is_trained(self) -> bool:
-        return (self.path / LOGGED).exists()
+        return self._holds(LOGGED)
 
     @property
     def is_evaluated(self) -> bool:
         """Whether it is done: trained, and evaluated as the experiment says now."""
-        if not (self.is_trained and (self.path / SWEEP).exists()):
+        if not self.is_trained:
             return False
         options = self.read(OPTIONS)
-        return all(options.get(name) == value for name, value in self.evaluation.items())
+        # In this order: when the options are these, the sweep of others is gone.
+        return all(options.get(name) == value for name, value in self.evaluation.items()) and self._holds(SWEEP)
 
     @property
     def has_ended_training(self) -> bool:
@@ -85,13 +86,15 @@ class RunFolder:
 
     def note_start(self, provenance: Dict[str, Any]) -> None:
         """Write down what trains it from here on: from its last checkpoint, or from the beginning."""
+        if self._has_checkpoint() and not self._holds(TRAINED):  # begun by a version that did not write it down
+            return
         before = self.trained_by if self._has_checkpoint() else []
         self._write(TRAINED, before if provenance in before else [*before, provenance])
 
     @property
     def trained_by(self) -> List[Dict[str, Any]]:
-        """The ``provenance`` of its training, several where it went on elsewhere; none by an older version."""
-        return self.read(TRAINED) if (self.path / TRAINED).exists() else []
+        """The ``provenance`` of its training, several where it went on elsewhere; none where nobody wrote it down."""
+        return self.read(TRAINED) if self._holds(TRAINED) else []
 
     def keep_training(self) -> None:
         """From here on it is trained; what was evaluated of a training before it is worthless."""
@@ -100,7 +103,7 @@ class RunFolder:
 
     def keep_evaluation(self) -> None:
         """Put the sweep that is done in the place of an older one."""
-        (self.path / SWEEP).unlink(missing_ok=True)  # never one beside the options of another
+        (self.path / SWEEP).unlink(missing_ok=True)
         self._write(OPTIONS, {**self.read(OPTIONS), **self.evaluation})
         for file in sorted(self.unfinished_sweep.iterdir(), key=lambda file: file.name == SWEEP):
             file.replace(self.path / file.name)
@@ -123,6 +126,9 @@ class RunFolder:
     def read(self, name: str) -> Any:
         """The content of one of the JSON files."""
         return json.loads((self.path / name).read_text())
+
+    def _holds(self, name: str) -> bool:
+        return (self.path / name).exists()
 
     def _write(self, name: str, content: Any) -> None:
         """A file that is there is whole."""

@@ -7,7 +7,7 @@ import pytest
 
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experiments import Experiment, Run
-from fairseq_hyperrouter.experiments.run_folder import LOGGED, OPTIONS, STARTED, RunFolder
+from fairseq_hyperrouter.experiments.run_folder import LOGGED, OPTIONS, STARTED, TRAINED, RunFolder
 
 RUN = Run("smoe", "smoe", 1, (1, 8), ("--lr", "0.1"), 9)
 EXPERIMENT = Experiment("", "", "perplexity", (), "last", None, (), (RUN,))
@@ -63,3 +63,6 @@ def test_what_trained_it(tmp_path):
     for provenance, expected in ((one, [one]), (other, [one, other]), (one, [one, other])):
         folder.note_start(provenance)
         assert folder.trained_by == expected
+    (folder.path / TRAINED).unlink()  # as an older version leaves it
+    folder.note_start(one)
+    assert folder.trained_by == []
