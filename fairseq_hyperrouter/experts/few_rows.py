@@ -18,9 +18,9 @@ from .activation import with_gradient
 from .derivatives import may_use_addresses
 from .weights import ExpertWeights, Hidden
 
-ROWS = 64
+MOST_ROWS = 64
 """Of an expert, on average; with more, products that are made for many rows are as fast."""
-ONE_THREAD = 2**24
+MOST_WORK = 2**24
 """Multiply-adds. The C code runs on one thread; more work than this is left to all of torch's, if there are several."""
 
 
@@ -31,8 +31,8 @@ def serves(x: Tensor, expert_index: Tensor, gate: Tensor, weights: ExpertWeights
         native is not None
         and may_use_addresses(x, gate, *weights)
         and expert_index.dtype == torch.int64
-        and assignments <= ROWS * len(weight1)
-        and (torch.get_num_threads() == 1 or assignments * weight1[0].numel() <= ONE_THREAD)
+        and assignments <= MOST_ROWS * len(weight1)
+        and (torch.get_num_threads() == 1 or assignments * weight1[0].numel() <= MOST_WORK)
         and not hidden.dropout
         and all(weight.is_contiguous() for weight in weights)
     )

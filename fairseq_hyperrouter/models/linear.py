@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference
 
-ROWS = 16
+LEAST_ROWS = 16
 """With fewer, torch is as fast, which need not copy the weight first."""
 
 
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)"""
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        many = x.size(-1) == self.in_features and x.numel() >= ROWS * self.in_features
+        many = x.size(-1) == self.in_features and x.numel() >= LEAST_ROWS * self.in_features
         if self.training or not many or not serves_inference(x, *parameters):
             return F.linear(x, self.weight, self.bias)
         rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()

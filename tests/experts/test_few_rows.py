@@ -92,8 +92,8 @@ def test_who_is_served(used, monkeypatch):
     assert backend(backend="runs") == "runs"
     assert backend(dropout=0.1) == MANY_ROWS
     assert backend(dtype=torch.float64) == "runs"
-    assert backend(tokens=5 * few_rows.ROWS + 1) == MANY_ROWS
-    monkeypatch.setattr(few_rows, "ONE_THREAD", 4 * 37 * 50 - 1)
+    assert backend(tokens=5 * few_rows.MOST_ROWS + 1) == MANY_ROWS
+    monkeypatch.setattr(few_rows, "MOST_WORK", 4 * 37 * 50 - 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert backend() == "few_rows"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -5,7 +5,7 @@ from torch.autograd import forward_ad
 
 from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import linear as module
-from fairseq_hyperrouter.models.linear import ROWS, Linear
+from fairseq_hyperrouter.models.linear import LEAST_ROWS, Linear
 
 compiled = pytest.mark.skipif(
     not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
@@ -36,7 +36,7 @@ def test_like_takes_the_parameters_and_draws_no_numbers(bias) -> None:
 
 @compiled
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(ROWS,), (5, 7), (3, 11, 2)])
+@pytest.mark.parametrize("shape", [(LEAST_ROWS,), (5, 7), (3, 11, 2)])
 @pytest.mark.parametrize("inputs, outputs", [(6, 10), (33, 70), (300, 3)])
 def test_equals_the_product_in_float64(used, shape, inputs, outputs, bias) -> None:
     linear, x = Linear(inputs, outputs, bias).eval(), torch.randn(*shape, inputs)
