@@ -52,7 +52,8 @@ def _measure(tokens: int, D: int, hidden: int, K: int, repeats: int) -> Dict[str
                 module.make_generation_fast_()  # as fairseq-generate does
     layers = {"dense": Dense(D, hidden, EXPERTS, K), **ours, RAW: RawGroupedMM(D, hidden, EXPERTS, K)}
     functions = {name: _in_turns(layer, inputs) for name, layer in layers.items()}
-    functions[PRODUCTS] = _products(ours["smoe"], inputs[0])
+    products = cycle([_products(ours["smoe"], x) for x in inputs])
+    functions[PRODUCTS] = lambda: next(products)()
     return medians(interleaved(functions, repeats, number=max(3, 200 // tokens)))
 
 

@@ -7,14 +7,21 @@
 # Everything goes to DIR, by default data-bin/NAME. Raw files that are in DIR/raw already are not fetched again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-name=${1:?"prepare.sh: error: name wikitext-2, wikitext-103, enwik8 or a text file"}
+if [ $# = 0 ]; then
+    echo "prepare.sh: error: name wikitext-2, wikitext-103, enwik8 or a text file" >&2
+    exit 2
+fi
+name=$1
 dir=${2:-data-bin/$(basename "$name" .txt)}
 raw=$dir/raw
 mkdir -p "$raw"
 
 fetch() { # URL: download and unpack a zip archive into $raw
     echo "fetching $1"
-    curl --fail --location --progress-bar --output "$raw/archive.zip" "$1"
+    curl --fail --location --progress-bar --output "$raw/archive.zip" "$1" || {
+        echo "prepare.sh: error: $1: cannot be fetched; its unpacked files may be put into $raw" >&2
+        exit 1
+    }
     python -m zipfile --extract "$raw/archive.zip" "$raw"
     rm "$raw/archive.zip"
 }

@@ -39,8 +39,8 @@ HAS_TRITON = any(
     for package in metadata.distributions(name=name)
 )
 
-SMALL_EXPERT, FEW_PRODUCTS = 2**13, 2**16
-"""Numbers of a weight; multiply-adds per expert of one product."""
+MANY_EXPERTS, FEW_ROWS, SMALL_EXPERT, FEW_PRODUCTS = 16, 16, 2**13, 2**16
+"""Experts; rows, numbers of a weight and multiply-adds of a product, of an expert."""
 
 
 def check_backend(option: str, name: str) -> None:
@@ -69,13 +69,16 @@ def compute(
     kept: Optional[Tensor],
     weights: ExpertWeights,
     hidden: Hidden,
+    training: bool,
 ) -> Tensor:
     """Sum over a token's kept assignments of gate * FFN(x), (T, D) -> (T, D), as ``ExpertBank.forward`` takes them.
 
     Args:
         name: the backend; for "auto" the fastest measured (docs/performance.md).
+        training: activations may be computed again with gradients, by another backend than few_rows, and must be the
+            same.
     """
-    if name == AUTO and serves(x, expert_index, gate, weights, hidden):
+    if name == AUTO and not training and serves(x, expert_index, gate, weights, hidden):
         _log_once("few_rows", x)
         return expert_few_rows(x, expert_index, gate, kept, weights, hidden)
     return compute_ordered(name, x, order_by_expert(expert_index, len(weights.weight1), kept), gate, weights, hidden)
@@ -108,8 +111,12 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
 
 def _has_little_to_do(dispatch: Dispatch, weights: ExpertWeights) -> bool:
     """Whether calls of torch for one expert after the other would take longer than their products."""
-    E, D, F = weights.weight1.shape
-    return D * F <= SMALL_EXPERT and dispatch.order.numel() * D * F <= FEW_PRODUCTS * E
+    _, D, F = weights.weight1.shape
+    if D * F > SMALL_EXPERT or dispatch.order.numel() > FEW_ROWS * len(weights.weight1):
+        return False
+    used = len(set(dispatch.ends.tolist()) - {0})  # experts that have rows
+    rows = dispatch.order.numel() / max(used, 1)
+    return used >= MANY_EXPERTS and rows <= FEW_ROWS and rows * D * F <= FEW_PRODUCTS
 
 
 def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:

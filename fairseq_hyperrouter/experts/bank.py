@@ -127,7 +127,7 @@ class ExpertBank(nn.Module):
     ) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         if self.parallel is None:
-            return compute(self.backend, x, expert_index, gate, kept, weights, hidden)
+            return compute(self.backend, x, expert_index, gate, kept, weights, hidden, self.training)
 
         def compute_here(x: Tensor, dispatch: Dispatch, gate: Tensor) -> Tensor:
             return compute_ordered(self.backend, x, dispatch, gate, weights, hidden)

@@ -50,7 +50,7 @@ class _Grouped(torch.autograd.Function):
         gate: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        weight1, bias1, weight2, bias2 = weights
+        weight1, bias1, weight2, bias2 = (weight.contiguous() for weight in weights)
         activation = with_gradient(hidden.activation)
         gate_N = gate.reshape(-1).index_select(0, dispatch.order)
         expert = dispatch.expert

@@ -15,6 +15,8 @@ from .linear import Linear
 
 KEY_BLOCK = 512
 """What the mask hides torch's kernel for CPUs leaves out in blocks of so many keys."""
+SHORTEST = 64
+"""Context that our C code is faster with than torch, whatever the heads."""
 PIECE = 128
 """Queries of one call, where a context is no longer than a block."""
 
@@ -46,7 +48,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
 
 def _serves(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether ``_native`` can compute this, and is faster."""
-    return native is not None and q.size(3) <= native.widest and not dropout and serves_inference(q, k, v)
+    fits = native is not None and len(q) >= SHORTEST and q.size(3) <= native.widest
+    return fits and not dropout and serves_inference(q, k, v)
 
 
 @torch.no_grad()

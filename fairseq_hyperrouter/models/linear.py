@@ -10,6 +10,8 @@ from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_i
 
 LEAST_ROWS = 16
 """With fewer, torch is as fast, which need not copy the weight first."""
+LEAST_OUTPUTS = 64
+"""With fewer, copying the rows takes as long as the product."""
 
 
 class Linear(nn.Linear):
@@ -28,7 +30,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)"""
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        many = x.size(-1) == self.in_features and x.numel() >= LEAST_ROWS * self.in_features
+        many = self.out_features >= LEAST_OUTPUTS and x.numel() >= LEAST_ROWS * self.in_features
+        many = many and x.size(-1) == self.in_features
         if self.training or not many or not serves_inference(x, *parameters):
             return F.linear(x, self.weight, self.bias)
         rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()

@@ -28,7 +28,7 @@ INLINE vector power_of_two(vector x)
     y = y * f + 0x1.ebf9bcp-3f;
     y = y * f + 0x1.62e42ap-1f;
     y = y * f + 1;
-    return (vector)((lanes)y + ((lanes)shifted << 23));
+    return (vector)((lanes)y + (((lanes)shifted << 23) & (x == x))); /* a NaN's bits are no number to add to */
 }
 
 INLINE vector larger(vector a, vector b)

@@ -277,7 +277,7 @@ def test_choice_is_logged_once(caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
-    name = "grouped" if backends.HAS_GROUPED_MM else "native" if backends.native_is_faster() else "runs"
+    name = "native" if backends.native_is_faster() else "runs"
     assert [record.message for record in caplog.records] == [
         f"experts are computed by the backend {name} (cpu, float32)"
     ]
@@ -285,23 +285,33 @@ def test_choice_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "native")])
 def test_choice_on_a_cpu(monkeypatch, faster, name):
-    """Small experts with few rows are computed together, where ``grouped_mm`` can; others one after the other."""
+    """Many small experts with few rows are computed together, where ``grouped_mm`` can; else one after the other."""
     if faster:
         bank(name)  # skips where there is none
-    used = []
+    names = []
     monkeypatch.setattr(backends, "native_is_faster", lambda: faster)
-    monkeypatch.setattr(backends, "_log_once", lambda name, x: used.append(name))
+    monkeypatch.setattr(backends, "_log_once", lambda name, x: names.append(name))
 
-    def chosen(tokens, num_experts=4, embed_dim=64, ffn_embed_dim=128, dtype=torch.float32):
+    def chosen(tokens, used=16, num_experts=16, embed_dim=64, ffn_embed_dim=128, dtype=torch.float32):
         experts = ExpertBank(num_experts, embed_dim, ffn_embed_dim).to(dtype)
-        index = torch.randint(num_experts, (tokens, 1))
+        index = torch.arange(tokens)[:, None] % used
         experts(torch.randn(tokens, embed_dim, dtype=dtype), index, torch.ones(tokens, 1, dtype=dtype))
-        return used.pop()
+        return names.pop()
 
     together = "grouped" if backends.HAS_GROUPED_MM else name
-    assert chosen(32) == together
-    assert chosen(33) == name
-    assert chosen(32, num_experts=3) == name
-    assert chosen(32, embed_dim=63) == name
-    assert chosen(4, ffn_embed_dim=192) == name
-    assert chosen(32, dtype=torch.float64) == "runs"
+    assert chosen(8 * 16) == together
+    assert chosen(8 * 16 + 1) == name  # work of an expert
+    assert chosen(16 * 16, embed_dim=32) == together
+    assert chosen(16 * 16 + 1, embed_dim=32) == name  # rows of an expert
+    assert chosen(8 * 16, used=15) == chosen(8 * 16, used=1, num_experts=32) == name
+    assert chosen(0) == name
+    assert chosen(16, embed_dim=63) == chosen(16, ffn_embed_dim=192) == name
+    assert chosen(16, dtype=torch.float64) == "runs"
+
+
+def test_grouped_takes_weights_in_any_layout():
+    experts, x, gate = bank("grouped"), torch.randn(5, 4), torch.rand(5, 2)
+    wide = torch.zeros(3, 4, 9)
+    wide[:, :, 1:] = experts.weight1.detach()
+    y = torch.func.functional_call(experts, {"weight1": wide[:, :, 1:]}, (x, INDEX["mixed"], gate))
+    assert torch.equal(y, experts(x, INDEX["mixed"], gate))

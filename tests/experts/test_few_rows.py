@@ -80,17 +80,17 @@ def test_inputs_need_not_be_contiguous(used):
 
 
 def test_who_is_served(used, monkeypatch):
-    """Nobody who wants gradients, dropout, another dtype, many rows, or much work where torch has several threads."""
+    """Nobody who trains or wants gradients, another dtype, many rows, or much work where torch has several threads."""
 
-    def backend(x=None, tokens=4, dtype=torch.float32, **options):
-        bank = ExpertBank(**{**SIZES, **options}).to(dtype)
+    def backend(tokens=4, dtype=torch.float32, training=False, **options):
+        bank = ExpertBank(**{**SIZES, **options}).to(dtype).train(training)
         with torch.no_grad():
             bank(torch.randn(tokens, 37).to(dtype), torch.zeros(tokens, 1, dtype=torch.long), torch.ones(tokens, 1))
         return used.pop()
 
     assert backend() == "few_rows"
     assert backend(backend="runs") == "runs"
-    assert backend(dropout=0.1) == MANY_ROWS
+    assert backend(training=True) == MANY_ROWS  # may be computed again with gradients
     assert backend(dtype=torch.float64) == "runs"
     assert backend(tokens=5 * few_rows.MOST_ROWS + 1) == MANY_ROWS
     monkeypatch.setattr(few_rows, "MOST_WORK", 4 * 37 * 50 - 1)
@@ -99,13 +99,13 @@ def test_who_is_served(used, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert backend() == MANY_ROWS
     monkeypatch.undo()
-    bank = ExpertBank(**SIZES)
+    bank = ExpertBank(**SIZES).eval()
     assert bank(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)).requires_grad
 
 
 def test_indices(used):
     """Other integers are left to the other backends; experts that do not exist are not looked for in memory."""
-    bank, x, gate = ExpertBank(**SIZES), torch.randn(4, 37), torch.ones(4, 1)
+    bank, x, gate = ExpertBank(**SIZES).eval(), torch.randn(4, 37), torch.ones(4, 1)
     with torch.no_grad():
         index = torch.randint(5, (4, 1))
         torch.testing.assert_close(bank(x, index.int(), gate), bank(x, index, gate))
@@ -117,7 +117,7 @@ def test_indices(used):
 
 def test_forward_mode_is_left_to_others(used):
     """``loop`` computes it, the others say that they cannot; here the tangent would get lost."""
-    bank, x, tangent = ExpertBank(**SIZES, backend="loop"), torch.randn(4, 37), torch.randn(4, 37)
+    bank, x, tangent = ExpertBank(**SIZES, backend="loop").eval(), torch.randn(4, 37), torch.randn(4, 37)
     index, gate = torch.randint(5, (4, 1)), torch.ones(4, 1)
     with torch.no_grad(), forward_ad.dual_level():
         # In float64 a step can be so small that no ReLU turns on or off within it.
@@ -139,5 +139,5 @@ def test_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setattr(native_products, "native", None)
     monkeypatch.setattr(backends, "_logged", set())
     with torch.no_grad(), caplog.at_level(logging.INFO):
-        ExpertBank(**SIZES)(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
+        ExpertBank(**SIZES).eval()(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
     assert "computed by the backend runs" in caplog.text

@@ -165,12 +165,20 @@ def test_our_c_code_sees_nothing_of_the_future(which, value) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_our_c_code_keeps_every_nan(bits) -> None:
+    q, k, v = (torch.randn(60, 1, 2, 8) for _ in range(3))
+    k.view(torch.int32)[37] = bits - (bits >> 31 << 32)
+    assert module._native(q, k, v)[37:].isnan().all()
+
+
+@compiled
 def test_when_our_c_code_is_used(monkeypatch) -> None:
     used = []
     plain = module._native
     monkeypatch.setattr(module, "_native", lambda *inputs: (used.append(len(inputs)), plain(*inputs))[1])
     monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
-    q, k, v = (torch.randn(20, 2, 2, 4) for _ in range(3))
+    q, k, v = (torch.randn(module.SHORTEST, 2, 2, 4) for _ in range(3))
 
     def is_used(*inputs: Tensor, dropout: float = 0.0, training: bool = False) -> bool:
         used.clear()
@@ -189,8 +197,9 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
         assert is_used(q, k, v.clone().requires_grad_())
     with forward_ad.dual_level():
         assert not module._serves(forward_ad.make_dual(q, torch.ones_like(q)), k, v, 0.0)
-    wide = [torch.randn(5, 1, 1, module.native.widest + 1) for _ in range(3)]
+    wide = [torch.randn(len(q), 1, 1, module.native.widest + 1) for _ in range(3)]
     assert not is_used(*wide)
+    assert not is_used(q[1:], k[1:], v[1:])
     monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
     assert not is_used()
     monkeypatch.setattr(native_products, "native_is_faster", lambda: True)

@@ -5,7 +5,7 @@ from torch.autograd import forward_ad
 
 from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import linear as module
-from fairseq_hyperrouter.models.linear import LEAST_ROWS, Linear
+from fairseq_hyperrouter.models.linear import LEAST_OUTPUTS, LEAST_ROWS, Linear
 
 compiled = pytest.mark.skipif(
     not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
@@ -37,7 +37,7 @@ def test_like_takes_the_parameters_and_draws_no_numbers(bias) -> None:
 @compiled
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(LEAST_ROWS,), (5, 7), (3, 11, 2)])
-@pytest.mark.parametrize("inputs, outputs", [(6, 10), (33, 70), (300, 3)])
+@pytest.mark.parametrize("inputs, outputs", [(6, LEAST_OUTPUTS), (33, 70), (300, 100)])
 def test_equals_the_product_in_float64(used, shape, inputs, outputs, bias) -> None:
     linear, x = Linear(inputs, outputs, bias).eval(), torch.randn(*shape, inputs)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_equals_the_product_in_float64(used, shape, inputs, outputs, bias) -> No
 
 @compiled
 def test_of_rows_that_do_not_lie_in_their_order(used) -> None:
-    linear, x = Linear(8, 12).eval(), torch.randn(8, 5, 20).permute(2, 1, 0)
+    linear, x = Linear(8, LEAST_OUTPUTS).eval(), torch.randn(8, 5, 20).permute(2, 1, 0)
     weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
     with torch.no_grad():
         expected = linear(x.contiguous())
@@ -62,7 +62,7 @@ def test_of_rows_that_do_not_lie_in_their_order(used) -> None:
 
 @compiled
 def test_when_products_of_ours_are_used(used, monkeypatch) -> None:
-    linear, x = Linear(8, 12).eval(), torch.randn(4, 7, 8)
+    linear, x = Linear(8, LEAST_OUTPUTS).eval(), torch.randn(4, 7, 8)
 
     def is_used(x: torch.Tensor) -> bool:
         used.clear()
@@ -72,6 +72,8 @@ def test_when_products_of_ours_are_used(used, monkeypatch) -> None:
     assert not is_used(x)  # gradients are asked for
     with torch.no_grad():
         assert is_used(x)
+        Linear(8, LEAST_OUTPUTS - 1).eval()(x)
+        assert len(used) == 1
         assert not is_used(x[:, :3])  # too few
         assert not is_used(x[:0])
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
