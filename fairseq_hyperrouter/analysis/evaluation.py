@@ -52,10 +52,7 @@ class Evaluator:
             raise UserError(f"--tokens-per-sample {tokens_per_sample}: must be at least 1")
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: must be at least 1")
-        if not path.is_file():
-            raise UserError(
-                f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file")
-            )
+        _check_file(path)
         overrides = {"data": data}  # of the task alone: the model keeps the length that it was trained with
         if tokens_per_sample is not None:
             overrides["tokens_per_sample"] = tokens_per_sample
@@ -170,6 +167,23 @@ class Evaluator:
         if on_gpu:
             torch.cuda.synchronize(self.device)
         return output
+
+
+def evaluators(paths: Sequence[Path], data: str, **options: Any) -> Iterator[Evaluator]:
+    """One for each checkpoint, with a label that tells them apart; the *options* are theirs.
+
+    Raises:
+        UserError (a ValueError): as Evaluator does; a file that is missing before the first one is loaded.
+    """
+    for path in paths:
+        _check_file(path)
+    for path, label in zip(paths, labels(paths)):
+        yield Evaluator(path, data, label=label, **options)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file"))
 
 
 def labels(paths: Sequence[Path]) -> List[str]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import torch
 
 from . import measures, pictures
-from .evaluation import Evaluator, labels
+from .evaluation import evaluators
 from .inspection import Inspection, inspect
 from .layer_table import layer_rows
 from .machine import machine
@@ -29,13 +29,14 @@ def report(
     """
     found: List[Dict[str, Any]] = []
     inspections: Dict[str, Inspection] = {}
-    for path, label in zip(checkpoints, labels(checkpoints)):
-        evaluator = Evaluator(path, data, label=label, **options)
+    for evaluator in evaluators(checkpoints, data, **options):
         evaluator.top_ks("--look-at", [look_at])
         sweep = [evaluator.at(k) for k in evaluator.top_ks("--top-k", top_k)]
+        layers: List[Dict[str, Any]] = []
         if evaluator.layers:
-            inspections[label] = inspect(evaluator, look_at)
-        found.append({"label": label, "sweep": sweep, "layers": inspections[label].layers if evaluator.layers else []})
+            inspections[evaluator.label] = inspect(evaluator, look_at)
+            layers = inspections[evaluator.label].layers
+        found.append({"label": evaluator.label, "sweep": sweep, "layers": layers})
     return {
         "look_at": look_at,
         "machine": machine(options.get("cpu", False)),

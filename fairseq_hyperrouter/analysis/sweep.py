@@ -6,7 +6,7 @@ from typing import Any, Iterator, List, Optional, Sequence
 
 from fairseq_hyperrouter.config import format_ints
 
-from .evaluation import Evaluator, Row, labels
+from .evaluation import Row, evaluators
 from .pictures import perplexity_curves
 from .table import markdown_table
 
@@ -27,8 +27,7 @@ def sweep(
     Raises:
         UserError (a ValueError): a k that a checkpoint cannot have, a file that is missing or of another model.
     """
-    for path, label in zip(checkpoints, labels(checkpoints)):
-        evaluator = Evaluator(path, data, label=label, **options)
+    for evaluator in evaluators(checkpoints, data, **options):
         for k in evaluator.top_ks("--top-k", top_k):
             yield evaluator.at(k)
         for p in top_p if evaluator.has_experts else ():

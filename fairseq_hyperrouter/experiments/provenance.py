@@ -20,10 +20,7 @@ def provenance(cpu: bool) -> Dict[str, Any]:
     dirty     whether files of the package are others than those of the commit
     machine   the GPU, or the CPU
     torch     its version
-    cpu       whether --cpu was given
-
-    Args:
-        cpu: the last of these.
+    cpu       whether --cpu was given, which is *cpu*
     """
     try:
         version = metadata.version("fairseq-hyperrouter")

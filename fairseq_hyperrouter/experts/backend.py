@@ -39,7 +39,7 @@ HAS_TRITON = any(
     for package in metadata.distributions(name=name)
 )
 
-MANY_EXPERTS, FEW_ROWS, SMALL_EXPERT, FEW_PRODUCTS = 16, 16, 2**13, 2**16
+MANY_EXPERTS, ROWS_TOGETHER, SMALL_EXPERT, WORK_TOGETHER = 16, 16, 2**13, 2**16
 """Experts; rows, numbers of a weight and multiply-adds of a product, of an expert."""
 
 
@@ -112,11 +112,11 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
 def _has_little_to_do(dispatch: Dispatch, weights: ExpertWeights) -> bool:
     """Whether calls of torch for one expert after the other would take longer than their products."""
     _, D, F = weights.weight1.shape
-    if D * F > SMALL_EXPERT or dispatch.order.numel() > FEW_ROWS * len(weights.weight1):
+    if D * F > SMALL_EXPERT or dispatch.order.numel() > ROWS_TOGETHER * len(weights.weight1):
         return False
     used = len(set(dispatch.ends.tolist()) - {0})  # experts that have rows
     rows = dispatch.order.numel() / max(used, 1)
-    return used >= MANY_EXPERTS and rows <= FEW_ROWS and rows * D * F <= FEW_PRODUCTS
+    return used >= MANY_EXPERTS and rows <= ROWS_TOGETHER and rows * D * F <= WORK_TOGETHER
 
 
 def _check_inputs(name: str, x: Tensor, weights: ExpertWeights) -> None:

@@ -1,6 +1,6 @@
 """The products of ``run_products.py`` in C code of ours, and where to use them."""
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from fairseq_hyperrouter.native import run_products as native
 
 from .derivatives import may_use_addresses
-from .run_products import TorchProducts
+from .run_products import Rows, TorchProducts
 from .weights import product_dtype
 
 
@@ -16,22 +16,15 @@ class NativeProducts(TorchProducts):
     """With C code of ours (run_products.c), in float32: gathering, gates and sums happen on a product's way."""
 
     @staticmethod
-    def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        return a, token
+    def used_twice(rows: Rows) -> Rows:
+        return rows
 
     @staticmethod
-    def rows(
-        a: Tensor,
-        token: Optional[Tensor],
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        *,
-        transposed: bool = False,
-    ) -> Tensor:
-        n, width = len(a if token is None else token), weight.size(0 if transposed else 1)
-        out = a.new_empty(n, width)
-        sizes = n, a.size(1), width, torch.get_num_threads()
-        native.rows(*map(_address, (a, token, weight)), transposed, *map(_address, (bias, out)), *sizes)
+    def rows(rows: Rows, weight: Tensor, bias: Optional[Tensor] = None, *, transposed: bool = False) -> Tensor:
+        width = weight.size(0 if transposed else 1)
+        out = weight.new_empty(len(rows), width)
+        sizes = len(rows), rows.a.size(1), width, torch.get_num_threads()
+        native.rows(*map(_address, (*rows, weight)), transposed, *map(_address, (bias, out)), *sizes)
         return out
 
     @classmethod
@@ -52,30 +45,14 @@ class NativeProducts(TorchProducts):
         )
 
     @staticmethod
-    def weight(
-        a: Tensor,
-        a_token: Optional[Tensor],
-        b: Tensor,
-        b_token: Optional[Tensor],
-        gate: Optional[Tensor],
-        dweight: Tensor,
-        dbias: Tensor,
-    ) -> None:
-        places = map(_address, (a, a_token, b, b_token, gate, dweight, dbias))
-        native.weight(*places, len(a if a_token is None else a_token), *dweight.shape, torch.get_num_threads())
+    def weight(a: Rows, b: Rows, gate: Optional[Tensor], dweight: Tensor, dbias: Tensor) -> None:
+        places = map(_address, (*a, *b, gate, dweight, dbias))
+        native.weight(*places, len(a), *dweight.shape, torch.get_num_threads())
 
     @staticmethod
-    def gates(
-        dhidden: Tensor,
-        activated: Tensor,
-        dy: Tensor,
-        token: Optional[Tensor],
-        bias: Tensor,
-        gate: Tensor,
-        dgate: Tensor,
-    ) -> None:
-        places = map(_address, (dhidden, activated, dy, token, bias, gate, dgate))
-        native.gates(*places, *dhidden.shape, dy.size(1), torch.get_num_threads())
+    def gates(dhidden: Tensor, activated: Tensor, dy: Rows, bias: Tensor, gate: Tensor, dgate: Tensor) -> None:
+        places = map(_address, (dhidden, activated, *dy, bias, gate, dgate))
+        native.gates(*places, *dhidden.shape, dy.a.size(1), torch.get_num_threads())
 
 
 def has_native() -> bool:

@@ -3,7 +3,7 @@
 Dimensions: T tokens, n rows of the expert, I and O the sizes of a weight, D model, F hidden.
 """
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -11,33 +11,35 @@ from torch import Tensor
 from .weights import sum_dtype
 
 
+class Rows(NamedTuple):
+    """n of the rows of a tensor, or all."""
+
+    a: Tensor
+    """(T, I), or (n, I) without *token*."""
+    token: Optional[Tensor] = None
+    """(n,) which they are."""
+
+    def gathered(self) -> Tensor:
+        """(n, I)"""
+        return self.a if self.token is None else self.a.index_select(0, self.token)
+
+    def __len__(self) -> int:
+        return len(self.a if self.token is None else self.token)
+
+
 class TorchProducts:
     """With torch's operations. ``native_products.py`` has them all once more."""
 
     @staticmethod
-    def gathered(a: Tensor, token: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """*a* and *token* as the methods below take them, where they are needed more than once."""
-        return a.index_select(0, token), None
+    def used_twice(rows: Rows) -> Rows:
+        """*rows* as the methods below take them where several do."""
+        return Rows(rows.gathered())
 
     @staticmethod
-    def rows(
-        a: Tensor,
-        token: Optional[Tensor],
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        *,
-        transposed: bool = False,
-    ) -> Tensor:
-        """a[token] weight + bias (n, O).
-
-        Args:
-            a: (T, I), or (n, I) without *token*.
-            token: (n,) which row of *a*.
-            weight: (I, O), or (O, I) if *transposed*.
-        """
-        a = a if token is None else a.index_select(0, token)
+    def rows(rows: Rows, weight: Tensor, bias: Optional[Tensor] = None, *, transposed: bool = False) -> Tensor:
+        """rows weight + bias (n, O), with weight (I, O), or (O, I) if *transposed*."""
         weight = weight.t() if transposed else weight
-        return torch.mm(a, weight) if bias is None else torch.addmm(bias, a, weight)
+        return torch.mm(rows.gathered(), weight) if bias is None else torch.addmm(bias, rows.gathered(), weight)
 
     @classmethod
     def add_rows(
@@ -52,38 +54,21 @@ class TorchProducts:
         transposed: bool = False,
     ) -> None:
         """y[token] += gate (a weight + bias), with y (T, O), a (n, I), gate (n,)."""
-        output = cls.rows(a, None, weight, bias, transposed=transposed).to(y.dtype)
+        output = cls.rows(Rows(a), weight, bias, transposed=transposed).to(y.dtype)
         y.index_add_(0, token, output if gate is None else output.mul_(gate[:, None]))
 
     @staticmethod
-    def weight(
-        a: Tensor,
-        a_token: Optional[Tensor],
-        b: Tensor,
-        b_token: Optional[Tensor],
-        gate: Optional[Tensor],
-        dweight: Tensor,
-        dbias: Tensor,
-    ) -> None:
-        """dweight (I, O) = a[a_token] transposed times gate b[b_token]; dbias (O,) = the sum of the latter's rows."""
-        a = a if a_token is None else a.index_select(0, a_token)
-        b = b if b_token is None else b.index_select(0, b_token)
-        b = b if gate is None else (b * gate[:, None]).to(b.dtype)
-        torch.mm(a.t(), b, out=dweight)
-        torch.sum(b, 0, out=dbias)
+    def weight(a: Rows, b: Rows, gate: Optional[Tensor], dweight: Tensor, dbias: Tensor) -> None:
+        """dweight (I, O) = a transposed times gate b; dbias (O,) = the sum of the latter's rows."""
+        scaled = b.gathered()
+        scaled = scaled if gate is None else (scaled * gate[:, None]).to(scaled.dtype)
+        torch.mm(a.gathered().t(), scaled, out=dweight)
+        torch.sum(scaled, 0, out=dbias)
 
     @staticmethod
-    def gates(
-        dhidden: Tensor,
-        activated: Tensor,
-        dy: Tensor,
-        token: Optional[Tensor],
-        bias: Tensor,
-        gate: Tensor,
-        dgate: Tensor,
-    ) -> None:
-        """dgate (n,) = the gates' gradient, dhidden (n, F) . activated + dy[token] . bias; then dhidden *= gate."""
-        dtype, dy = sum_dtype(dhidden), dy if token is None else dy.index_select(0, token)
+    def gates(dhidden: Tensor, activated: Tensor, dy: Rows, bias: Tensor, gate: Tensor, dgate: Tensor) -> None:
+        """dgate (n,) = the gates' gradient, dhidden (n, F) . activated + dy . bias; then dhidden *= gate."""
+        dtype = sum_dtype(dhidden)
         dgate.copy_(torch.linalg.vecdot(dhidden.to(dtype), activated.to(dtype)))
-        dgate += dy @ bias
+        dgate += dy.gathered() @ bias
         dhidden.mul_(gate[:, None])

@@ -20,7 +20,7 @@ from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch
 from .memory import in_huge_pages
 from .native_products import NativeProducts
-from .run_products import TorchProducts
+from .run_products import Rows, TorchProducts
 from .weights import ExpertWeights, Hidden, sum_dtype
 
 
@@ -56,7 +56,7 @@ class _ExpertRuns(torch.autograd.Function):
         masks: List[Tensor] = []
         for rows, expert in _runs(dispatch):
             token = dispatch.token[rows]
-            before = products.rows(x, token, weight1[expert], bias1[expert])
+            before = products.rows(Rows(x, token), weight1[expert], bias1[expert])
             activated = activation.apply(before).contiguous()
             if hidden.dropout:
                 masks.append(torch.empty_like(before).bernoulli_(1 - hidden.dropout).div_(1 - hidden.dropout))
@@ -90,14 +90,14 @@ class _ExpertRuns(torch.autograd.Function):
                 activated = ctx.activation.apply(activated).contiguous()
                 if masks:
                     activated = activated * masks[place]
-            doutput = products.gathered(dy, token)
-            dhidden = products.rows(*doutput, weight2[expert], transposed=True)
-            products.gates(dhidden, activated, *doutput, bias2[expert], gate, dgate_N[rows])
-            products.weight(activated, None, *doutput, gate, dweight2[expert], dbias2[expert])
+            doutput = products.used_twice(Rows(dy, token))
+            dhidden = products.rows(doutput, weight2[expert], transposed=True)
+            products.gates(dhidden, activated, doutput, bias2[expert], gate, dgate_N[rows])
+            products.weight(Rows(activated), doutput, gate, dweight2[expert], dbias2[expert])
             if masks:
                 dhidden.mul_(masks[place])
             dhidden = ctx.activation.backward(dhidden, hidden_rows).contiguous()
-            products.weight(x, token, dhidden, None, None, dweight1[expert], dbias1[expert])
+            products.weight(Rows(x, token), Rows(dhidden), None, dweight1[expert], dbias1[expert])
             products.add_rows(dx, token, dhidden, weight1[expert], transposed=True)
         for expert in set(range(len(weight1))).difference(expert for _, expert in runs):
             for gradient in (dweight1, dbias1, dweight2, dbias2):

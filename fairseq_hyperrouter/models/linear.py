@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference
+from fairseq_hyperrouter.experts.run_products import Rows
 
 LEAST_ROWS = 16
 """With fewer, torch is as fast, which need not copy the weight first."""
@@ -36,4 +37,4 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()
-        return NativeProducts.rows(rows, None, weight, bias, transposed=True).view(*x.shape[:-1], -1)
+        return NativeProducts.rows(Rows(rows), weight, bias, transposed=True).view(*x.shape[:-1], -1)

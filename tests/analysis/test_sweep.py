@@ -1,25 +1,6 @@
 import json
-from pathlib import Path
 
-import pytest
-
-from fairseq_hyperrouter.analysis.evaluation import labels
 from fairseq_hyperrouter.analysis.sweep import markdown, write
-
-
-@pytest.mark.parametrize(
-    "paths, expected",
-    [
-        (["runs/a/checkpoint_best.pt", "runs/b/checkpoint_best.pt"], ["a", "b"]),
-        (["runs/a/checkpoint_best.pt", "runs/a/checkpoint_last.pt"], ["a/checkpoint_best", "a/checkpoint_last"]),
-        (["a/seed1/last.pt", "b/seed1/last.pt"], ["a/seed1/last.pt", "b/seed1/last.pt"]),
-        (["runs/a/last.pt", "runs/a/last.pt"], ["a", "a (2)"]),
-        (["runs/a/last.pt", "runs/b/last.pt", "runs/../runs/a/last.pt"], ["a", "b", "a (2)"]),
-        (["runs/a/best.pt", "runs/a/last.pt", "runs/a/last.pt"], ["a/best", "a/last", "a/last (2)"]),
-    ],
-)
-def test_labels_tell_checkpoints_apart(paths, expected):
-    assert labels([Path(path) for path in paths]) == expected
 
 
 def rows():

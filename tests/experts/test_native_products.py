@@ -9,7 +9,7 @@ import torch
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.experts import backend, native_products
 from fairseq_hyperrouter.experts.native_products import NativeProducts
-from fairseq_hyperrouter.experts.run_products import TorchProducts
+from fairseq_hyperrouter.experts.run_products import Rows, TorchProducts
 
 needs_native = pytest.mark.skipif(
     not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
@@ -61,9 +61,13 @@ def assert_same(compute, *tensors):
 def test_rows(n, D, F, transposed):
     a, token, weight, bias, _ = operands(n, D, F)
     weight = weight.t().contiguous() if transposed else weight
+
+    def compute(products, a, token, *args):
+        return products.rows(Rows(a, token), *args, transposed=transposed)
+
     for rows, which in ((a, token), (a[token], None)):
         for added in (bias, None):
-            assert_same(lambda products, *args: products.rows(*args, transposed=transposed), rows, which, weight, added)
+            assert_same(compute, rows, which, weight, added)
 
 
 @needs_native
@@ -84,19 +88,27 @@ def test_add_rows(n, D, F, transposed):
 def test_weight(n, D, F):
     a, token, _, _, gate = operands(n, D, F)
     b = torch.randn(23, F)
+
+    def compute(products, a, a_token, b, b_token, *args):
+        products.weight(Rows(a, a_token), Rows(b, b_token), *args)
+
     for first in ((a, token), (a[token], None)):
         for second in ((b, token, gate), (b[token], None, None)):
             results = torch.full((D, F), torch.nan), torch.full((F,), torch.nan)
-            assert_same(lambda products, *args: products.weight(*args), *first, *second, *results)
+            assert_same(compute, *first, *second, *results)
 
 
 @needs_native
 @SIZES
 def test_gates(n, D, F):
     dy, token, _, _, gate = operands(n, D, F)
+
+    def compute(products, dhidden, activated, dy, token, *args):
+        products.gates(dhidden, activated, Rows(dy, token), *args)
+
     for output in ((dy, token), (dy[token], None)):
         tensors = (torch.randn(n, F), torch.randn(n, F), *output, torch.randn(D), gate, torch.full((n,), torch.nan))
-        assert_same(lambda products, *args: products.gates(*args), *tensors)
+        assert_same(compute, *tensors)
 
 
 @needs_native
@@ -107,10 +119,10 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
 
     def everything():
         y, dweight, dbias, dgate = torch.zeros(23, F), torch.empty(D, F), torch.empty(F), torch.empty(n)
-        hidden = NativeProducts.rows(a, token, weight, bias)
+        hidden = NativeProducts.rows(Rows(a, token), weight, bias)
         NativeProducts.add_rows(y, token, a[token], weight, bias, gate)
-        NativeProducts.gates(hidden, hidden.clone(), a, token, torch.ones(D), gate, dgate)
-        NativeProducts.weight(a, token, hidden, None, gate, dweight, dbias)
+        NativeProducts.gates(hidden, hidden.clone(), Rows(a, token), torch.ones(D), gate, dgate)
+        NativeProducts.weight(Rows(a, token), Rows(hidden), gate, dweight, dbias)
         return hidden, y, dweight, dbias, dgate
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
