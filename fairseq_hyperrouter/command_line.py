@@ -18,7 +18,7 @@ from .errors import UserError, WrongCheckpoint, option_name
 
 _LOST_WORKER = (
     *("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe"),
-    *("Timed out waiting", "NCCL"),
+    *("Timed out waiting", "remote process exited", "NCCL communicator was aborted", "ncclRemoteError"),
 )
 _REFUSALS = (Exception, AssertionError, ImportError, NotImplementedError, ValueError)
 """What fairseq raises to refuse an option."""

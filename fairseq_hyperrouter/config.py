@@ -1,4 +1,4 @@
-"""Every Mixture-of-Experts option, in one place, shared by all architectures."""
+"""The Mixture-of-Experts options of a model; task and criterion have a few of their own beside their code."""
 
 import math
 from dataclasses import dataclass, field
@@ -246,7 +246,11 @@ class MoEConfig(FairseqDataclass):
     def check(self, num_layers: int) -> None:
         """Raise a UserError (a ValueError) for an option that cannot work in a model of *num_layers* layers."""
         if self.moe_router not in ROUTERS:
-            raise UserError(f"--moe-router {self.moe_router!r}: choose from {', '.join(sorted(ROUTERS))}")
+            # every architecture here is a decoder, which expert-choice cannot serve
+            names = sorted(name for name, router in ROUTERS.items() if not router.looks_ahead)
+            raise UserError(
+                f"--moe-router {self.moe_router!r}: choose from {', '.join(names)}; your own need their --user-dir"
+            )
         if self.moe_gate_softmax not in GATE_SOFTMAX:
             raise UserError(f"--moe-gate-softmax {self.moe_gate_softmax!r}: choose from {', '.join(GATE_SOFTMAX)}")
         check_backend("--moe-backend", self.moe_backend)
@@ -294,12 +298,12 @@ class MoEConfig(FairseqDataclass):
         if not self.layer_numbers(num_layers) and self.moe_layers != NO_LAYERS:
             raise UserError(f"--moe-freq {self.moe_freq}: leaves no MoE layer in a model of {num_layers} layers")
 
-    def check_limit(self, threshold: Optional[float], top_p: Optional[float]) -> None:
+    def check_limit(self, threshold: Optional[float], top_p: Optional[float], prefix: str = "--moe-eval-") -> None:
         """Raise a UserError when tokens cannot be left fewer experts by these at inference."""
-        for option, value in (("--moe-eval-threshold", threshold), ("--moe-eval-top-p", top_p)):
+        for option, value in ((f"{prefix}threshold", threshold), (f"{prefix}top-p", top_p)):
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{option} {value}: must be between 0 and 1")
-            if value is not None and ROUTERS[self.moe_router].own_choice:
+            if value is not None and not self.has_probabilities:
                 raise UserError(f"{option} {value}: {self.moe_router} has no probabilities")
 
     def _check_router(self) -> None:
@@ -359,6 +363,11 @@ class MoEConfig(FairseqDataclass):
         value = self.moe_top_k if self.moe_eval_top_k is None else self.moe_eval_top_k
         numbers = [parse_top_k(option, item, self.moe_expert_count) for item in str(value).split(",")]
         return top_k_per_layer(option, numbers, self.moe_expert_count, num_layers)
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether a token can have fewer experts where its router is sure: by threshold or top-p."""
+        return not ROUTERS[self.moe_router].own_choice
 
     @property
     def init_seed(self) -> int:

@@ -1,5 +1,6 @@
 """Which layers need how many experts: ``fairseq-hyperrouter allocate``."""
 
+import math
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
@@ -42,7 +43,10 @@ def allocate(evaluator: Evaluator, choices: Sequence[int], budget: Optional[floa
     if budget is not None:
         least = measured((choices[0],) * layers)["flops_per_token"]
         if not budget >= least:
-            raise UserError(f"--budget {budget / 1e6:g}: must be at least {least / 1e6:.2f}, that of k = {choices[0]}")
+            raise UserError(
+                f"--budget {budget / 1e6:g}: must be at least {least / 1e6:.2f} MFLOPs per token, "
+                f"that of k = {choices[0]}"
+            )
     now = measured((choices[-1],) * layers)
     with tqdm(total=layers * (len(choices) - 1), desc="lists of k", leave=False) as bar:
         while any(k > choices[0] for k in now["top_k"]):
@@ -74,4 +78,7 @@ def _with_one_smaller(allocation: Allocation, choices: Sequence[int]) -> List[Al
 
 def _loss_per_operation(before: Row, after: Row) -> float:
     rise = after["bits_per_token"] - before["bits_per_token"]
-    return rise / (before["flops_per_token"] - after["flops_per_token"])
+    saved = before["flops_per_token"] - after["flops_per_token"]
+    if saved <= 0:  # of a router that never gives a token so many experts
+        return -math.inf if rise <= 0 else math.inf
+    return rise / saved

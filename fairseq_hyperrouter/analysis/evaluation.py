@@ -31,6 +31,7 @@ class Evaluator:
     Args:
         tokens_per_sample: by default what the checkpoint was trained with.
         context_window: tokens of context that are not scored, as in ``fairseq-eval-lm``.
+        tokens: about how many of the split's to evaluate: every n-th batch; by default all.
 
     Raises:
         UserError (a ValueError): a file that is missing or of another model, an option out of range.
@@ -45,6 +46,7 @@ class Evaluator:
         batch_size: int = 8,
         tokens_per_sample: Optional[int] = None,
         context_window: int = 0,
+        tokens: Optional[int] = None,
         cpu: bool = False,
         label: Optional[str] = None,
     ) -> None:
@@ -52,6 +54,8 @@ class Evaluator:
             raise UserError(f"--tokens-per-sample {tokens_per_sample}: must be at least 1")
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        if tokens is not None and tokens < 1:
+            raise UserError(f"--tokens {tokens}: must be at least 1")
         _check_file(path)
         overrides = {"data": data}  # of the task alone: the model keeps the length that it was trained with
         if tokens_per_sample is not None:
@@ -70,7 +74,9 @@ class Evaluator:
         self.path, self.label = path, label or path.stem
         self.model, self.task, self.split = model, task, split
         self.context, self.context_window, self.batch_size = context, context_window, batch_size
+        self.every = 1 if tokens is None else max(1, round(sum(task.dataset(split).sizes) / tokens))
         self.has_experts = hasattr(model, "at_top_k")
+        self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.device = next(model.parameters()).device
 
@@ -88,13 +94,14 @@ class Evaluator:
         return values
 
     def batches(self, prefix: str = "") -> Iterable[Dict[str, Any]]:
-        """The split's batches, with a progress bar when *prefix* names it."""
+        """The split's batches, or every n-th of them, with a progress bar when *prefix* names it."""
         batches = self.task.eval_lm_dataloader(
             dataset=self.task.dataset(self.split),
             max_tokens=None,
             batch_size=self.batch_size,
             max_positions=self.model.max_positions(),
             num_workers=0,
+            num_shards=self.every,
             context_window=self.context_window,
         )
         return progress_bar.progress_bar(batches, log_format="tqdm", prefix=prefix) if prefix else batches

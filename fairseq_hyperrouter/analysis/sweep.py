@@ -1,6 +1,7 @@
 """Evaluate checkpoints at a list of experts per token: ``fairseq-hyperrouter sweep``."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence
 
@@ -9,6 +10,8 @@ from fairseq_hyperrouter.config import format_ints
 from .evaluation import Row, evaluators
 from .pictures import perplexity_curves
 from .table import markdown_table
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(
@@ -21,8 +24,8 @@ def sweep(
 ) -> Iterator[Row]:
     """Evaluate every checkpoint at every k, and with the added probabilities *top_p*: a row of ``Evaluator.at`` each.
 
-    By default at 1, 2, 4, ... and all of its experts. A checkpoint without experts gives one row, its "top_k" None. The
-    other *options* are Evaluator's.
+    By default at 1, 2, 4, ... and all of its experts. A checkpoint without experts gives one row, its "top_k" None; one
+    whose router has no probabilities none for *top_p*. The other *options* are Evaluator's.
 
     Raises:
         UserError (a ValueError): a k that a checkpoint cannot have, a file that is missing or of another model.
@@ -30,7 +33,10 @@ def sweep(
     for evaluator in evaluators(checkpoints, data, **options):
         for k in evaluator.top_ks("--top-k", top_k):
             yield evaluator.at(k)
-        for p in top_p if evaluator.has_experts else ():
+        if top_p and not evaluator.has_probabilities:
+            logger.warning(f"--top-p: left out for {evaluator.label}, whose router has no probabilities")
+            continue
+        for p in top_p:
             yield evaluator.at(evaluator.model.decoder.moe_config.moe_expert_count, p)
 
 

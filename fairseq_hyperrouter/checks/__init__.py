@@ -1,5 +1,6 @@
 """A user's mistakes, found before anything is built.
 
+arguments.py             whether fairseq-train knows its options at all
 data_folder.py           what lies in DATA
 stock_options.py         stock fairseq's own options
 moe_options.py           ours beside the model's, the task's and the criterion's

@@ -1,6 +1,7 @@
 """What a training run finds in its checkpoint folder, looked at before anything is built."""
 
 import argparse
+import inspect
 import logging
 import os
 import pickle
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_hyperrouter.config import MoEConfig
-from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.errors import UserError, option_name
 from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.routing import ROUTERS, Place
 
@@ -93,13 +94,19 @@ def check_same_model(path: Path, model_cfg: Any) -> None:
         raise UserError(f"--arch {model_cfg._name}: checkpoint {path} is of --arch {arch}")
     if not sparse:
         return
-    found = _shape(argparse.Namespace(**saved))
+    MoEConfig.from_namespace(model_cfg).check(model_cfg.decoder_layers)
+    before = argparse.Namespace(**saved)
+    found = _shape(before)
     for option, value in _shape(model_cfg).items():
         if value != found.get(option):
             raise UserError(
                 f"{option}: checkpoint {path} was made with {found[option]}, this command says {value}; "
                 "give the same option, or another --save-dir"
             )
+    for name in ("moe_gate_softmax", "activation_fn"):  # what such tensors mean changes, but can be learned anew
+        one, other = getattr(before, name, None), getattr(model_cfg, name)
+        if one not in (None, other):
+            logger.warning(f"{option_name(name)}: checkpoint {path} was made with {one}, it goes on with {other}")
 
 
 def read_model_cfg(path: Path) -> Dict[str, Any]:
@@ -111,7 +118,7 @@ def read_model_cfg(path: Path) -> Dict[str, Any]:
 
 
 def _shape(cfg: Any) -> Dict[str, Any]:
-    """The options that give the tensors of a checkpoint their shape or meaning, defaults filled in."""
+    """The options that give the tensors of a checkpoint their shape, defaults filled in."""
     moe = MoEConfig.from_namespace(cfg)
     layers = moe.layer_numbers(cfg.decoder_layers)
     shape = {
@@ -124,7 +131,7 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         "--moe-layers": ",".join(map(str, sorted(layers))),
         "--moe-ffn-embed-dim": moe.moe_ffn_embed_dim or cfg.decoder_ffn_embed_dim,
         "--moe-shared-experts": moe.moe_shared_experts,
-        "--moe-router-dim": moe.moe_router_dim,
+        "--moe-router-dim": _router_dim(moe),
         "--moe-router-lr-scale": moe.router_lr_scale,
         "--moe-adapter-dim": moe.moe_adapter_dim,
         "--decoder-ffn-embed-dim": None if len(layers) == cfg.decoder_layers else cfg.decoder_ffn_embed_dim,
@@ -134,6 +141,13 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         shape["--moe-hyper-hidden-dim"] = moe.moe_hyper_hidden_dim
         shape["--moe-hyper-shared"] = moe.moe_hyper_shared
     return shape
+
+
+def _router_dim(moe: MoEConfig) -> Optional[int]:
+    router = ROUTERS[moe.moe_router]
+    if moe.moe_router_dim is not None or "moe_router_dim" not in router.takes:
+        return moe.moe_router_dim
+    return inspect.signature(router).parameters[router.takes["moe_router_dim"]].default
 
 
 def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[str]:

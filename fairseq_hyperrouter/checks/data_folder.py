@@ -38,12 +38,13 @@ def check_split(prefix: str, num_symbols: Optional[int] = None) -> None:
         header = file.read(_HEADER_BYTES)
         if not header.startswith(_MAGIC):
             return
-        sizes = b""
-        if len(header) == _HEADER_BYTES:
+        is_whole = len(header) == _HEADER_BYTES
+        if is_whole:
             _, token_type, num_lines = struct.unpack("<QBQ", header[len(_MAGIC) :])
-            sizes = file.read(4 * num_lines)
-    if len(header) < _HEADER_BYTES or os.path.getsize(index_path) != _HEADER_BYTES + 12 * num_lines:
-        raise UserError(f"{index_path} is truncated: make it again with fairseq-preprocess")
+            is_whole = os.path.getsize(index_path) == _HEADER_BYTES + 12 * num_lines
+        if not is_whole:
+            raise UserError(f"{index_path} is truncated: make it again with fairseq-preprocess")
+        sizes = file.read(4 * num_lines)
     if token_type not in _TOKEN_BYTES:
         raise UserError(f"{index_path} is damaged: make it again with fairseq-preprocess")
     expected = int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64)) * _TOKEN_BYTES[token_type]

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from fairseq_hyperrouter.checks.arguments import check_arguments
 from fairseq_hyperrouter.checks.data_folder import check_folders
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experiments import read_experiment, run_experiment
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if data is None:
         raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
     check_folders(data)
+    for name, arguments in {run.name: run.options for run in experiment.runs}.items():
+        check_arguments(f"{args.file}: runs: {name}", [data, *arguments])
     out = args.out or Path("runs", args.file.stem, experiment.setting)
     command = shlex.join(["fairseq-hyperrouter", *sys.argv[1:]])
     failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command)

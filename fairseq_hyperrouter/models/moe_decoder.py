@@ -112,8 +112,8 @@ class MoEDecoder(TransformerDecoderBase):
             UserError (a ValueError): there are not so many experts, or layers; a share that is none.
         """
         experts, layers = self.moe_config.moe_expert_count, len(self.moe_numbers)
-        inside = top_k_per_layer("moe_eval_top_k", top_k, experts, layers), Limit(threshold, top_p)
-        self.moe_config.check_limit(threshold, top_p)
+        inside = top_k_per_layer("top_k", top_k, experts, layers), Limit(threshold, top_p)
+        self.moe_config.check_limit(threshold, top_p, prefix="")
         before = self.eval_top_k, self.eval_limit
         self.eval_top_k, self.eval_limit = inside
         try:

@@ -12,7 +12,7 @@ from .routing import Routing
 
 
 class Limit(NamedTuple):
-    """Which of its K experts a token keeps; always the best. Where several limits are given, all hold."""
+    """Which of its K experts a token keeps; always the most probable. Where several limits are given, all hold."""
 
     threshold: Optional[float] = None
     """Those whose probability, by the softmax over all E, is at least this."""
@@ -27,12 +27,16 @@ class Limit(NamedTuple):
         if self.token_top_k is not None:
             keep &= torch.arange(keep.size(1), device=keep.device) < self.token_top_k[:, None]
         if self.threshold is not None or self.top_p is not None:
-            probability = routing.logits.softmax(dim=-1).gather(1, routing.expert_index)
+            probability = routing.logits.softmax(dim=-1).gather(1, routing.expert_index).masked_fill(~keep, 0.0)
+            # Loss-free balancing selects in another order than that of the probabilities.
+            falling, order = probability.sort(dim=1, descending=True, stable=True)
+            enough = torch.ones_like(keep)
             if self.threshold is not None:
-                keep &= probability >= self.threshold
+                enough &= falling >= self.threshold
             if self.top_p is not None:
-                keep &= probability.cumsum(1) - probability < self.top_p
-        keep[:, 0] = True
+                enough &= falling.cumsum(1) - falling < self.top_p
+            enough[:, 0] = True
+            keep &= torch.zeros_like(keep).scatter_(1, order, enough)
         chosen = keep if routing.chosen is None else routing.chosen & keep
         gate = routing.gate * chosen
         if renormalise:

@@ -162,9 +162,17 @@ class HyperRouterTask(LanguageModelingTask):
         return loss, sample_size, logging_output
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """Stock; then routers that learn from the load of their experts are told that of this update."""
+        """Stock; then routers that learn from the load of their experts are told that of this update.
+
+        With --amp an update that overflowed comes here too; torch's scaler, which skips it, then shrinks its scale.
+        """
+        scale = getattr(getattr(optimizer, "scaler", None), "get_scale", lambda: 1.0)  # of --amp alone
+        before = scale()
         super().optimizer_step(optimizer, model, update_num)
-        self.update_load.tell(model)
+        if scale() < before:
+            self.update_load.forget()
+        else:
+            self.update_load.tell(model)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more

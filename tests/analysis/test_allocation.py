@@ -44,8 +44,17 @@ def test_a_model_that_is_best_with_few_experts(budget):
     assert allocate(evaluator, [1, 2, 4], budget)[-1]["top_k"] == (2, 2, 2)
 
 
+def test_a_router_that_gives_fewer_experts_than_it_may():
+    """relu's tokens have as many as are above 0: a smaller k may cost as much, and do as well."""
+    evaluator = Evaluator(asked=[])
+    evaluator.at = lambda top_k, show: Evaluator.at(evaluator, tuple(min(k, 2) for k in top_k), show) | {"top_k": top_k}
+    found = allocate(evaluator, [1, 2, 4])
+    assert [row["flops_per_token"] for row in found] == [300, 400, 500]
+    assert found[-1]["bits_per_token"] == 4.5
+
+
 def test_mistakes():
-    with pytest.raises(UserError, match=r"--budget 0.000299: must be at least 0.00, that of k = 1"):
+    with pytest.raises(UserError, match=r"--budget 0.000299: must be at least 0.00 MFLOPs per token, that of k = 1"):
         allocate(Evaluator(asked=[]), [1, 2], 299)
     with pytest.raises(UserError, match=r"--budget nan: must be at least"):
         allocate(Evaluator(asked=[]), [1, 2], float("nan"))

@@ -1,4 +1,5 @@
 import os
+import struct
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_index_with_an_unknown_type_of_token(tmp_path):
         file.seek(17)
         file.write(b"\xff")
     with pytest.raises(UserError, match=r"train.idx"):
+        check_split(prefix)
+
+
+@pytest.mark.parametrize("lines", [2**44, 2**62])
+def test_index_that_says_more_lines_than_there_can_be(tmp_path, lines):
+    prefix = write_split(tmp_path)
+    whole = (tmp_path / "train.idx").read_bytes()
+    (tmp_path / "train.idx").write_bytes(whole[:18] + struct.pack("<Q", lines) + whole[26:])
+    with pytest.raises(UserError, match=r"train.idx is truncated"):
         check_split(prefix)
 
 

@@ -104,6 +104,11 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     assert again.code == 0 and perplexities(out) == found
     assert (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime == before
 
+    runs["smoe"]["lr-schedular"] = "cosine"
+    misspelt = experiment(file(runs), data, out)
+    assert misspelt.code == 1
+    assert misspelt.last_line.endswith("tiny.yaml: runs: smoe: --lr-schedular: fairseq-train has no such option")
+    del runs["smoe"]["lr-schedular"]
     runs["smoe"]["lr"] = 0.5
     refused = experiment(file(runs), data, out)
     assert refused.code == 1 and "smoe-seed1: holds a run with other options (--lr 0.01, --lr 0.5)" in refused.last_line

@@ -205,8 +205,8 @@ def test_at_top_k_restores():
     with pytest.raises(KeyError), model.at_top_k(3):
         raise KeyError
     for options, message in (
-        ({"top_k": 5}, "moe_eval_top_k 5: must be"),
-        ({"top_k": (1, 2, 3)}, "moe_eval_top_k 1,2,3: must be one number, or one for each of the 2 MoE layers"),
+        ({"top_k": 5}, "^top_k 5: must be"),
+        ({"top_k": (1, 2, 3)}, "^top_k 1,2,3: must be one number, or one for each of the 2 MoE layers"),
         ({"top_k": 1, "top_p": 1.5}, "--moe-eval-top-p 1.5: must be between 0 and 1"),
     ):
         with pytest.raises(UserError, match=message), model.at_top_k(**options):

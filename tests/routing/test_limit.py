@@ -45,6 +45,18 @@ def test_top_p(routed):
     assert routed(Limit(top_p=0.0)).kept.sum() == 40
 
 
+@pytest.mark.parametrize("limit", [Limit(top_p=0.5), Limit(threshold=0.3)])
+def test_most_probable_where_a_bias_selects(limit):
+    """Loss-free balancing puts another expert first than the router's own probabilities."""
+    router = LinearRouter(2, 3, loss_free_rate=1.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[4.0, 0.0], [2.0, 0.0], [0.0, 0.0]]))
+    router.balancing_steps.copy_(torch.tensor([0, 5, 0]))
+    routing = router(torch.tensor([[1.0, 0.0]]), RoutingContext(2, limit=limit))
+    assert routing.expert_index.tolist() == [[1, 0]]
+    assert routing.kept.tolist() == [[False, True]] and routing.gate.tolist() == [[0.0, 1.0]]
+
+
 def test_token_top_k(routed):
     assert_kept(routed, Limit(token_top_k=torch.arange(40) % TOP_K + 1), lambda token, _: token % TOP_K + 1)
 

@@ -1,0 +1,36 @@
+"""Arguments of fairseq-train, looked at without starting it."""
+
+from pathlib import Path
+
+import pytest
+
+from fairseq_hyperrouter import UserError
+from fairseq_hyperrouter.checks.arguments import check_arguments
+from fairseq_hyperrouter.experiments import read_experiment
+from fairseq_hyperrouter.experiments.experiment import read_content
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = sorted(path for path in EXAMPLES.glob("*/*.yaml") if "runs" in path.read_text())
+
+MISTAKES = [
+    ("--lr-schedular cosine", "a place: --lr-schedular: fairseq-train has no such option"),
+    ("--moe-top-q 2", "a place: --moe-top-q: fairseq-train has no such option"),
+    ("--lr fast", "a place: --lr: invalid .*'fast'"),
+    ("--arch transfomer_lm", "a place: --arch/-a: invalid choice: 'transfomer_lm'"),
+    ("--optimizer adam --moe-top-k", "a place: --moe-top-k: expected one argument"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES)
+def test_mistakes(capsys, arguments, message):
+    given = ["data", "--task", "hyperrouter", "--arch", "transformer_lm_hyperrouter", *arguments.split()]
+    with pytest.raises(UserError, match=message):
+        check_arguments("a place", given)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_run_of_the_examples(path):
+    for setting in read_content(path)["settings"]:
+        for run in read_experiment(path, setting, [1]).runs:
+            check_arguments(run.name, ["data", *run.options])
