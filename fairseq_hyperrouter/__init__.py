@@ -10,7 +10,7 @@ with warnings.catch_warnings():  # fairscale, which fairseq imports, uses names 
     warnings.simplefilter("ignore", FutureWarning)
     import fairseq  # noqa: F401
 
-from .command_line import one_line_errors, running_command
+from .command_line import one_line_errors
 from .compat import allow_fairseq_checkpoints, numpy_compat
 from .config import MoEConfig
 from .criterions import MoECrossEntropyCriterion
@@ -28,6 +28,7 @@ from .routing import (
     TopKSchedule,
     register_router,
 )
+from .running import running_command
 from .tasks import HyperRouterTask
 
 __all__ = [

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Iterator, List, Optional, Type
 
 from .errors import UserError, WrongCheckpoint, option_name
+from .running import running_command
 
 _LOST_WORKER = (
     *("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe"),
@@ -41,15 +42,6 @@ def explain(error: BaseException) -> Optional[str]:
         if message is not None:
             return " ".join(message.split())
     return _explain_overrides(sys.argv)
-
-
-def running_command() -> str:
-    """Which of fairseq's commands this program is, as in "train" or "eval_lm"; "" when it is none."""
-    program = sys.modules["__main__"].__spec__
-    if program is not None and program.parent == "fairseq_cli":  # python -m fairseq_cli.train
-        return program.name.rpartition(".")[2]
-    name = os.path.basename(sys.argv[0])
-    return name[len("fairseq-") :].replace("-", "_") if name.startswith("fairseq-") else ""
 
 
 def one_line_errors() -> None:

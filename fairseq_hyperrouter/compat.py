@@ -1,4 +1,4 @@
-"""Where stock fairseq needs help on today's Python and PyTorch; public hooks only; fairseq is not patched."""
+"""Where stock fairseq needs help on today's Python and PyTorch. None of its files or functions is replaced."""
 
 import argparse
 import collections

@@ -229,7 +229,8 @@ class MoEConfig(FairseqDataclass):
         default=AUTO,
         metadata={
             "help": "what computes the experts: auto (by device, dtype and shape; logged once), runs and native (CPU), "
-            "grouped (GPU, bfloat16), blocks (GPU, any dtype), triton (GPU, never by auto), loop (plain autograd)"
+            "grouped (GPU, bfloat16; CPU, many small experts), blocks (GPU, any dtype), triton (GPU, never by auto), "
+            "loop (plain autograd)"
         },
     )
     moe_expert_parallel_size: int = field(

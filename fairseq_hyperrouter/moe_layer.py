@@ -114,7 +114,7 @@ class MoELayer(nn.Module):
             token_ids: int64, the same shape; for routers that look at the tokens themselves.
             router_state: ``state`` of the Routing of the MoE layer below, for routers that hand one on.
             update: how many updates the training has made, for routers that change with it.
-            limit: which of their K experts tokens go without; its tensors are in the order of x's tokens.
+            limit: which of their K experts tokens keep; its tensors are in the order of x's tokens.
         """
         x_TD = x.reshape(-1, x.size(-1))
         mask_T, ids_T = (None if one is None else one.reshape(-1) for one in (padding_mask, token_ids))

@@ -15,7 +15,7 @@ from torch import Tensor
 from fairseq_hyperrouter.config import TopK, format_ints
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import Routing, losses
+from fairseq_hyperrouter.routing import Routing, totals
 from fairseq_hyperrouter.routing.schedule import doubling
 from fairseq_hyperrouter.token_length import characters_per_token
 
@@ -118,7 +118,7 @@ class Evaluator:
         counts = torch.zeros(len(self.layers), 2, dtype=torch.double, device=self.device)
 
         def count(layer: int, _: Tensor, __: Dict[str, Any], routing: Routing) -> None:
-            counts[layer] += torch.stack((losses.expert_load(routing).sum(), losses.num_tokens(routing)))
+            counts[layer] += torch.stack((totals.expert_load(routing).sum(), totals.num_tokens(routing)))
 
         with at_top_k, observed(self.layers, count):
             row.update(context=self.context, **self._evaluate(self.batches(name if show else "")))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_hyperrouter.experts.similarity import cka
 from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import Routing, RoutingContext, losses, metrics
+from fairseq_hyperrouter.routing import Routing, RoutingContext, metrics, totals
 
 from . import measures
 from .evaluation import Evaluator
@@ -122,7 +122,7 @@ def _together(parts: Sequence[Seen]) -> Seen:
 
 def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: Any) -> Dict[str, Any]:
     routing, x = seen.routing, sample.x
-    load, entropy = losses.expert_load(routing), metrics.entropy(routing).mean().item()
+    load, entropy = totals.expert_load(routing), metrics.entropy(routing).mean().item()
     E = len(load)
     outputs = layer.every_expert(x)  # (T, E, D)
     similarity = measures.pairwise(cka, outputs.transpose(0, 1).double())
@@ -140,7 +140,7 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
         "load_imbalance": metrics.load_imbalance(load).item(),
         "load_cv": metrics.load_cv(load).item(),
         "unused_experts": int((load == 0).sum()),
-        "mean_top_k": (load.sum() / losses.num_tokens(routing)).item(),
+        "mean_top_k": (load.sum() / totals.num_tokens(routing)).item(),
         "output_similarity": similarity.tolist(),
         "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
         "weight_similarity": cosine.tolist(),

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.config import distill_weight
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.routing import ROUTERS
+from fairseq_hyperrouter.running import running_command
 from fairseq_hyperrouter.workers import number_of_workers
 
 OPTION = "--moe-expert-parallel-size"
@@ -23,7 +23,7 @@ def check_workers(cfg: Any) -> None:
     backend = cfg.distributed_training.ddp_backend
     if backend == "slowmo":
         raise UserError("--ddp-backend slowmo: nobody has tried it with experts; choose pytorch_ddp or legacy_ddp")
-    shares = getattr(ROUTERS.get(getattr(cfg.model, "moe_router", "")), "hands_on_state", False)
+    shares = getattr(ROUTERS.get(getattr(cfg.model, "moe_router", "")), "shares_parameters", False)
     if shares and backend == "fully_sharded":
         raise UserError(
             f"--ddp-backend fully_sharded: not with --moe-router {cfg.model.moe_router}, whose layers share "

@@ -9,20 +9,20 @@ import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_hyperrouter.routing import Routing, losses
+from fairseq_hyperrouter.routing import Routing, losses, totals
 from fairseq_hyperrouter.routing import metrics as of_routing
 
 Routings = Sequence[Optional[Routing]]
 
 
 def _total(per_token: Callable[[Routing], Tensor]) -> Callable[[Routing], Tensor]:
-    return lambda routing: losses.sum_over_tokens(routing, per_token(routing))
+    return lambda routing: totals.sum_over_tokens(routing, per_token(routing))
 
 
 _SUMS = {
-    "moe_tokens": losses.num_tokens,
-    "moe_load": losses.expert_load,
-    "moe_probability": losses.probability_sum,
+    "moe_tokens": totals.num_tokens,
+    "moe_load": totals.expert_load,
+    "moe_probability": totals.probability_sum,
     "moe_entropy": _total(of_routing.entropy),
     "moe_dropped": _total(of_routing.dropped),
 }

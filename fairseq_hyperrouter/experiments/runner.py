@@ -48,7 +48,7 @@ def run_experiment(
                 failure = future.result()
                 if failure:
                     failures.append(failure)
-                    bar.write(failure, file=sys.stderr)
+                    bar.write(failure, file=bar.fp)
                 write_results(experiment, read_results(folders), out, command)
         except BaseException:
             processes.end()

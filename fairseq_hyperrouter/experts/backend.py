@@ -39,8 +39,11 @@ HAS_TRITON = any(
     for package in metadata.distributions(name=name)
 )
 
-MANY_EXPERTS, ROWS_TOGETHER, SMALL_EXPERT, WORK_TOGETHER = 16, 16, 2**13, 2**16
-"""Experts; rows, numbers of a weight and multiply-adds of a product, of an expert."""
+# Where a CPU computes experts together with grouped_mm, and not one after the other:
+MANY_EXPERTS = 16  # so many or more have rows
+ROWS_TOGETHER = 16  # at most, on average
+SMALL_EXPERT = 2**13  # numbers of a weight, at most
+WORK_TOGETHER = 2**16  # multiply-adds of a product, at most
 
 
 def check_backend(option: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What those must know of derivatives that compute without autograd's help."""
+"""What code that computes without autograd must know: whether somebody will ask for its derivatives."""
 
 from functools import wraps
 from typing import Any, Callable

@@ -1,4 +1,4 @@
-"""The backends for GPUs: all experts in one product, and nothing copied to the host.
+"""The backends for GPUs, and for many small experts: all in one product, and nothing copied to the host.
 
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, N = T K assignments.
 

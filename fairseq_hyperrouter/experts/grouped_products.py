@@ -15,7 +15,7 @@ from .weights import sum_dtype
 
 
 class Products(ABC):
-    """What the backends for GPUs multiply with. Rows that are not carried out give 0 and are not looked at."""
+    """What these backends multiply with. Rows that are not carried out give 0 and are not looked at."""
 
     def __init__(self, dispatch: Dispatch) -> None:
         self.num_experts = dispatch.ends.numel()

@@ -22,9 +22,10 @@ class NativeProducts(TorchProducts):
     @staticmethod
     def rows(rows: Rows, weight: Tensor, bias: Optional[Tensor] = None, *, transposed: bool = False) -> Tensor:
         width = weight.size(0 if transposed else 1)
-        out = weight.new_empty(len(rows), width)
-        sizes = len(rows), rows.a.size(1), width, torch.get_num_threads()
-        native.rows(*map(_address, (*rows, weight)), transposed, *map(_address, (bias, out)), *sizes)
+        out = weight.new_empty(rows.n, width)
+        sizes = rows.n, rows.a.size(1), width, torch.get_num_threads()
+        where = map(_address, (rows.a, rows.token, weight))
+        native.rows(*where, transposed, _address(bias), _address(out), *sizes)
         return out
 
     @classmethod
@@ -46,12 +47,12 @@ class NativeProducts(TorchProducts):
 
     @staticmethod
     def weight(a: Rows, b: Rows, gate: Optional[Tensor], dweight: Tensor, dbias: Tensor) -> None:
-        places = map(_address, (*a, *b, gate, dweight, dbias))
-        native.weight(*places, len(a), *dweight.shape, torch.get_num_threads())
+        places = map(_address, (a.a, a.token, b.a, b.token, gate, dweight, dbias))
+        native.weight(*places, a.n, *dweight.shape, torch.get_num_threads())
 
     @staticmethod
     def gates(dhidden: Tensor, activated: Tensor, dy: Rows, bias: Tensor, gate: Tensor, dgate: Tensor) -> None:
-        places = map(_address, (dhidden, activated, *dy, bias, gate, dgate))
+        places = map(_address, (dhidden, activated, dy.a, dy.token, bias, gate, dgate))
         native.gates(*places, *dhidden.shape, dy.a.size(1), torch.get_num_threads())
 
 

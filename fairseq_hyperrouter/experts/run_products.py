@@ -3,7 +3,8 @@
 Dimensions: T tokens, n rows of the expert, I and O the sizes of a weight, D model, F hidden.
 """
 
-from typing import NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from .weights import sum_dtype
 
 
-class Rows(NamedTuple):
+@dataclass
+class Rows:
     """n of the rows of a tensor, or all."""
 
     a: Tensor
@@ -23,7 +25,8 @@ class Rows(NamedTuple):
         """(n, I)"""
         return self.a if self.token is None else self.a.index_select(0, self.token)
 
-    def __len__(self) -> int:
+    @property
+    def n(self) -> int:
         return len(self.a if self.token is None else self.token)
 
 

@@ -13,7 +13,7 @@ from fairseq.models.transformer.transformer_decoder import TransformerDecoderBas
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.config import MoEConfig, TopK, parse_top_k, top_k_per_layer
+from fairseq_hyperrouter.config import MoEConfig, TopK, format_ints, parse_top_k, top_k_per_layer
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import ROUTERS, Limit, Place, Routing
@@ -60,8 +60,11 @@ class MoEDecoder(TransformerDecoderBase):
         self.num_updates = 0
         self._at_largest = False
         if self.moe_numbers:
-            at_inference = f"{self._eval_text()} of {moe.moe_expert_count}"
-            logger.info(f"experts per token: in training {self.schedule}, at inference {at_inference}")
+            same = len(set(self.eval_top_k)) == 1
+            at_inference = format_ints(self.eval_top_k[0] if same else self.eval_top_k)
+            logger.info(
+                f"experts per token: in training {self.schedule}, at inference {at_inference} of {moe.moe_expert_count}"
+            )
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         layer = self._build_layer(cfg, no_encoder_attn)
@@ -136,9 +139,6 @@ class MoEDecoder(TransformerDecoderBase):
             return self.schedule.largest
         return self.schedule(self.num_updates, moe_index) if self.training else self.eval_top_k[moe_index]
 
-    def _eval_text(self) -> str:
-        return ",".join(map(str, self.eval_top_k[:1] if len(set(self.eval_top_k)) == 1 else self.eval_top_k))
-
     def extract_features_scriptable(
         self,
         prev_output_tokens: Tensor,
@@ -150,7 +150,7 @@ class MoEDecoder(TransformerDecoderBase):
     ) -> Tuple[Tensor, Dict[str, List[Any]]]:
         """The stock method with a layer loop that keeps what MoE layers return; same arguments and result.
 
-        There is no encoder: a language model has none.
+        A language model has no encoder, so no attention to it either.
 
         Returns:
             features (B, T, D) and {"attn", "inner_states", "routing"}
@@ -158,39 +158,31 @@ class MoEDecoder(TransformerDecoderBase):
         tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
         x, padding_mask = self._embed(prev_output_tokens, incremental_state)
         causal = incremental_state is None and not full_context_alignment
-        alignment_layer = self.num_layers - 1 if alignment_layer is None else alignment_layer
-
-        attn: Optional[Tensor] = None
         inner_states: List[Tensor] = [x]
         routing: List[Optional[Routing]] = [None] * len(self.moe_numbers)
         router_state: Optional[Tensor] = None
-        for number, layer in enumerate(self.layers):
-            is_aligned = number == alignment_layer
+        for layer in self.layers:
             moe_index = getattr(layer, "moe_index", None)
-            x, layer_attn, _, *routing_fields = layer(
+            x, _, _, *routing_fields = layer(
                 x,
                 None,
                 None,
                 incremental_state,
                 self_attn_mask=self.buffered_future_mask(x) if causal else None,
                 self_attn_padding_mask=padding_mask,
-                need_attn=is_aligned,
-                need_head_weights=is_aligned,
                 **({} if moe_index is None else self._of_moe(moe_index, tokens, router_state)),
             )
             inner_states.append(x)
             if moe_index is not None:
                 routing[moe_index] = Routing(*routing_fields)
                 router_state = routing[moe_index].state
-            if is_aligned and layer_attn is not None:
-                attn = layer_attn.to(x)[:alignment_heads].mean(dim=0)  # over heads
 
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         features = x.transpose(0, 1)
         if self.project_out_dim is not None:
             features = self.project_out_dim(features)
-        return features, {"attn": [attn], "inner_states": inner_states, "routing": routing}
+        return features, {"attn": [None], "inner_states": inner_states, "routing": routing}
 
     def _of_moe(self, moe_index: int, tokens: Tensor, router_state: Optional[Tensor]) -> Dict[str, Any]:
         """What a MoE layer is told beside what every layer is told."""
@@ -203,7 +195,7 @@ class MoEDecoder(TransformerDecoderBase):
         }
 
     def _limit(self, tokens: Tensor) -> Optional[Limit]:
-        """Which of their K experts tokens go without now, drawn anew for every layer."""
+        """Which of their K experts tokens keep now, drawn anew for every layer."""
         if not self.training:
             limit = self.eval_limit
         elif self._at_largest:

@@ -77,7 +77,7 @@ class MoEDecoderLayer(DecoderLayer):
             token_ids: (B, T) int64.
             router_state: (T B, S), what the router of the MoE layer below handed on.
             update: how many updates the training has made.
-            limit: which of their K experts tokens go without, in x's order.
+            limit: which of their K experts tokens keep, in x's order.
             self_attn_padding_mask: (B, T) bool, True at padding.
         """
         padding_mask = None if self_attn_padding_mask is None else self_attn_padding_mask.t()

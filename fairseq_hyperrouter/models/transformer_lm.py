@@ -29,7 +29,6 @@ from fairseq_hyperrouter.checks.moe_options import (
     warn_of_untaught_routers,
 )
 from fairseq_hyperrouter.checks.stock_options import check_model_options, check_training
-from fairseq_hyperrouter.command_line import running_command
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
 from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
@@ -38,6 +37,7 @@ from fairseq_hyperrouter.experts.backend import AUTO
 from fairseq_hyperrouter.experts.memory import keep_freed_memory
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.routing import ROUTERS
+from fairseq_hyperrouter.running import running_command
 from fairseq_hyperrouter.upcycling import check_upcycling, upcycle
 
 from .moe_decoder import MoEDecoder

@@ -41,7 +41,7 @@ class RoutingContext(NamedTuple):
     experts: Optional[Callable[[], Tensor]] = None
     """() -> (T, E, D), what every expert makes of every token."""
     limit: Optional[Limit] = None
-    """Which of their K experts tokens go without; None for none."""
+    """Which of their K experts tokens keep; None for all."""
 
     def counts(self, logits: Tensor) -> Tensor:
         """(T, 1) in the dtype of the (T, E) logits: 1 for tokens that count, 0 for padding."""
@@ -74,7 +74,7 @@ class Router(nn.Module, ABC):
     4. gate = softmax of z over the K selected entries (``gate_softmax="selected"``, so that the gates
        of a token sum to 1) or over all E (``"all"``, as in Switch, arXiv 2101.03961), or sigmoid of z (``"sigmoid"``).
        At K = 1 the first is the constant 1 and gives the router no gradient; the others do.
-    5. A token goes without those of its K experts that the context's ``limit`` takes; padding goes nowhere.
+    5. A token keeps those of its K experts that the context's ``limit`` leaves it; padding goes nowhere.
     6. After every update, with a ``loss_free_rate`` (arXiv 2408.15664): bias_i += rate * sign(mean load - load_i), over
        the tokens of all workers; the mean over the experts is taken off.
 
@@ -85,7 +85,7 @@ class Router(nn.Module, ABC):
     - ``trains_with``: the only K it can be trained with; ``learns_from_load``: ``after_update``;
     - ``needs_token_ids``, and ``ignores_x``, when these are all that it looks at;
     - ``has_loss``: of its own, in its Routings, which the criterion must add;
-    - ``hands_on_state``: to the layer above, with which it shares parameters;
+    - ``shares_parameters``: with the routers of other layers;
     - ``looks_ahead``: the choice for a token depends on later ones, so not in a causal decoder;
 
     and what it makes of options:
@@ -105,7 +105,7 @@ class Router(nn.Module, ABC):
     trains_with: Optional[int] = None
     needs_token_ids = False
     ignores_x = False
-    hands_on_state = False
+    shares_parameters = False
     looks_ahead = False
     learns_from_load = False
     has_loss = False

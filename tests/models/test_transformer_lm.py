@@ -207,7 +207,7 @@ def test_at_top_k_restores():
     for options, message in (
         ({"top_k": 5}, "^top_k 5: must be"),
         ({"top_k": (1, 2, 3)}, "^top_k 1,2,3: must be one number, or one for each of the 2 MoE layers"),
-        ({"top_k": 1, "top_p": 1.5}, "--moe-eval-top-p 1.5: must be between 0 and 1"),
+        ({"top_k": 1, "top_p": 1.5}, "^top-p 1.5: must be between 0 and 1"),
     ):
         with pytest.raises(UserError, match=message), model.at_top_k(**options):
             pass
@@ -236,7 +236,7 @@ def test_at_top_k_means_exactly_that_k(own):
 
 def test_no_limit_without_probabilities():
     model = tiny_model(moe_router="relu").eval()
-    with pytest.raises(UserError, match=r"moe-eval-top-p 0\.5: relu has no prob"), model.at_top_k(4, top_p=0.5):
+    with pytest.raises(UserError, match=r"^top-p 0\.5: relu has no prob"), model.at_top_k(4, top_p=0.5):
         pass
 
 

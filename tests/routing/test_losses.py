@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import Routing
-from fairseq_hyperrouter.routing import losses, metrics
+from fairseq_hyperrouter.routing import losses, metrics, totals
 from tests import reference
 
 
@@ -16,13 +16,13 @@ def random_routing(num_tokens=7, num_experts=5, top_k=2, padding=None):
 
 
 def total(metric):
-    return lambda routing: losses.sum_over_tokens(routing, metric(routing))
+    return lambda routing: totals.sum_over_tokens(routing, metric(routing))
 
 
 SUMS = {
-    "num_tokens": losses.num_tokens,
-    "expert_load": losses.expert_load,
-    "probability_sum": losses.probability_sum,
+    "num_tokens": totals.num_tokens,
+    "expert_load": totals.expert_load,
+    "probability_sum": totals.probability_sum,
     "z_sum": losses.z_sum,
     "entropy": total(metrics.entropy),
     "outer balance": total(metrics.outer_balance),
@@ -34,7 +34,7 @@ PADDING = torch.tensor([False, True, False, False, True, True, False])
 MEANS = {
     losses.balance_loss: reference.balance_loss,
     losses.z_loss: reference.z_loss,
-    lambda routing: SUMS["entropy"](routing) / losses.num_tokens(routing): reference.entropy,
+    lambda routing: SUMS["entropy"](routing) / totals.num_tokens(routing): reference.entropy,
 }
 
 
@@ -60,7 +60,7 @@ def test_balance_loss_is_one_when_even_and_e_at_one_expert(top_k):
 
 
 def test_gradient_flows_only_through_the_probabilities():
-    load = losses.expert_load(random_routing())
+    load = totals.expert_load(random_routing())
     assert not load.requires_grad
     routing = random_routing()
     losses.balance_loss(routing).backward()
@@ -69,9 +69,9 @@ def test_gradient_flows_only_through_the_probabilities():
 
 def test_expert_load_counts_choices():
     routing = Routing(torch.zeros(3, 4), torch.tensor([[0, 1], [1, 3], [3, 1]]), torch.ones(3, 2))
-    assert losses.expert_load(routing).tolist() == [1, 3, 0, 2]
+    assert totals.expert_load(routing).tolist() == [1, 3, 0, 2]
     masked = routing._replace(token_mask=torch.tensor([True, False, True]))
-    assert losses.expert_load(masked).tolist() == [1, 2, 0, 1]
+    assert totals.expert_load(masked).tolist() == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("loss", ALL.values(), ids=ALL)

@@ -29,7 +29,7 @@ class RecurrentRouter(Router):
         cell: the GRU to share; by default the router makes its own.
     """
 
-    hands_on_state = True
+    shares_parameters = True
     takes = {"moe_router_init_std": "init_std", "moe_router_dim": "dim"}
 
     def __init__(

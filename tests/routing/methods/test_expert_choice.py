@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import MoELayer, RoutingContext, UserError
-from fairseq_hyperrouter.routing import ExpertChoiceRouter, losses, metrics
+from fairseq_hyperrouter.routing import ExpertChoiceRouter, metrics, totals
 from tests.reference import feed_forward
 from tests.tiny import tiny_model
 
@@ -21,7 +21,7 @@ def test_every_expert_takes_its_tokens():
         for t in tokens:
             expected[t] += probability[t, expert] * feed_forward(x[t], *weights)
     torch.testing.assert_close(y, expected)
-    assert losses.expert_load(routing).tolist() == [5, 5, 5, 5]
+    assert totals.expert_load(routing).tolist() == [5, 5, 5, 5]
     assert not metrics.dropped(routing).any()
 
 

@@ -1,7 +1,7 @@
 import torch
 
 from fairseq_hyperrouter import MoELayer, RoutingContext
-from fairseq_hyperrouter.routing import ReluRouter, losses
+from fairseq_hyperrouter.routing import ReluRouter, totals
 from tests.reference import feed_forward
 
 
@@ -18,7 +18,7 @@ def test_outputs_and_loss():
             expected[t] += gates[t, expert] * feed_forward(x[t], *weights)
     torch.testing.assert_close(y, expected)
     load = (gates > 0).sum(0)
-    assert torch.equal(losses.expert_load(routing), load.float())
+    assert torch.equal(totals.expert_load(routing), load.float())
     share = load.double() / 9 * 4 / 2
     torch.testing.assert_close(routing.loss, 0.5 * (share * gates).sum(1).mean())
 
