@@ -165,7 +165,7 @@ def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
     """The MoE options, after a look at all that can be wrong before anything is built."""
     check_model_options(args, len(task.source_dictionary))
     check_decoder(args)
-    if is_training and not hasattr(task, "valid_top_k"):  # our task has done it
+    if is_training and not getattr(task, "checks_training", False):
         check_training(args._get_parent())
     moe = HyperRouterLanguageModelConfig.from_namespace(args)
     if is_training:

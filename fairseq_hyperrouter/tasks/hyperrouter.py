@@ -58,6 +58,9 @@ class HyperRouterTask(LanguageModelingTask):
         UserError (a ValueError): naming the option or file, its value and what is allowed.
     """
 
+    checks_training = True
+    """``build_model`` has called ``check_training``; with another task the model must."""
+
     def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
         super().__init__(args, dictionary, output_dictionary, targets)
         self.valid_top_k = parse_ints("--valid-top-k", args.valid_top_k) if args.valid_top_k is not None else ()
