@@ -154,9 +154,12 @@ def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: An
 
 
 def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> Iterator[Tensor]:
-    """The routing term of the Jacobian, (D, D), at every n-th token."""
+    """The routing term of the Jacobian, (D, D), at every n-th token.
+
+    In float64: the rounding of float32 gates is as large as the least singular values that count.
+    """
     for token in range(0, len(outputs), -(-len(outputs) // JACOBIANS)):
-        state = None if seen.state is None else seen.state[token : token + 1]
+        state = None if seen.state is None else seen.state[token : token + 1].double()
         context = RoutingContext(top_k, token_ids=seen.token_ids[token : token + 1], state=state)
 
         def gates(x: Tensor, context: RoutingContext = context) -> Tensor:
@@ -165,7 +168,7 @@ def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> 
             return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)[0]
 
         with torch.enable_grad():
-            yield measures.routing_jacobian(gates, outputs[token], seen.x[token])
+            yield measures.routing_jacobian(gates, outputs[token], seen.x[token].double())
 
 
 def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Whether fairseq-train knows its arguments, asked without starting it."""
 
 import contextlib
+import difflib
 import io
 from typing import Sequence
 
@@ -14,12 +15,14 @@ def check_arguments(place: str, arguments: Sequence[str]) -> None:
 
     What the options say together, fairseq-train checks when it starts.
     """
-    said = io.StringIO()
+    said, parser = io.StringIO(), options.get_training_parser()
     try:
         with contextlib.redirect_stderr(said):
-            _, unknown = options.parse_args_and_arch(options.get_training_parser(), list(arguments), parse_known=True)
+            _, unknown = options.parse_args_and_arch(parser, list(arguments), parse_known=True)
     except SystemExit:
         message = said.getvalue().strip().rpartition("error: ")[2].replace("argument ", "", 1)
-        raise UserError(f"{place}: {message}") from None
+        raise UserError(f"{place}: {message.replace('invalid <lambda> value', 'invalid value')}") from None
     if unknown:
-        raise UserError(f"{place}: {unknown[0]}: fairseq-train has no such option")
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        hint = f", {near[0]}?" if near else ""
+        raise UserError(f"{place}: {unknown[0]}: fairseq-train has no such option{hint}")

@@ -1,12 +1,13 @@
 """``fairseq-hyperrouter experiment``."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from fairseq_hyperrouter.checks.arguments import check_arguments
-from fairseq_hyperrouter.checks.data_folder import check_folders
+from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.experiments import read_experiment, run_experiment
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if data is None:
         raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
     check_folders(data)
+    if not any("--dataset-impl" in run.options for run in experiment.runs):
+        check_split(os.path.join(data.partition(os.pathsep)[0], experiment.split))
     for name, arguments in {run.name: run.options for run in experiment.runs}.items():
         check_arguments(f"{args.file}: runs: {name}", [data, *arguments])
     out = args.out or Path("runs", args.file.stem, experiment.setting)

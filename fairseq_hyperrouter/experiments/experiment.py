@@ -35,8 +35,8 @@ _FILE = {"title", "based_on", "metric", "at", "logged", "options", "runs", "sett
 _SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
 """Options of fairseq-train that the runner gives itself."""
-_EVALUATION = {"split", "batch-size", "tokens-per-sample", "context-window"}
-"""Options of the sweep that it does not."""
+_EVALUATION = {"split": None, "batch-size": 1, "tokens-per-sample": 1, "context-window": 0}
+"""Options of the sweep that it does not, and the least that those can be that are numbers."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Experiment:
     evaluation: Tuple[str, ...]
     """Arguments of ``fairseq-hyperrouter sweep``."""
     runs: Tuple[Run, ...]
+    split: str = "test"
+    """Where they are evaluated."""
 
 
 def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[Sequence[int]] = None) -> Experiment:
@@ -80,12 +82,14 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     """
     content = read_content(path)
     _check_keys(path, "", content, _FILE, needed=("title", "runs", "settings"))
-    settings = _mapping(path, "settings", content["settings"])
+    settings = _some(path, "settings", content["settings"])
     setting = next(iter(settings)) if setting is None else setting
     if setting not in settings:
         raise UserError(f"--setting {setting}: {path} has {', '.join(map(str, settings))}")
     chosen = settings[setting] or {}
     _check_keys(path, f"settings: {setting}", chosen, _SETTING)
+    if not isinstance(chosen.get("data", ""), str):
+        raise UserError(f"{path}: settings: {setting}: data {chosen['data']}: must be a folder's name")
     metric = chosen.get("metric", content.get("metric", METRICS[0]))
     checkpoint = content.get("checkpoint", CHECKPOINTS[0])
     for key, value, allowed in (("metric", metric, METRICS), ("checkpoint", checkpoint, CHECKPOINTS)):
@@ -95,12 +99,12 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     if not isinstance(logged, list) or not all(isinstance(name, str) for name in logged):
         raise UserError(f"{path}: logged {logged}: must be a list of names, as in [train_wps]")
     shared = {**_options(path, "options", content), **_options(path, f"settings: {setting}", chosen)}
-    top_k = _numbers(path, "at", content.get("at", [1, 2, 4, 8, 16]))
+    top_k = _numbers(path, "at", content.get("at", [1, 2, 4, 8, 16]), least=1)
     seeds = _numbers(path, "seeds", chosen.get("seeds", [1])) if seeds is None else tuple(seeds)
     runs: List[Run] = []
-    for name, own in _mapping(path, "runs", content["runs"]).items():
+    for name, own in _some(path, "runs", content["runs"]).items():
         own = dict(_mapping(path, f"runs: {name}", own or {}))
-        row, at = str(own.pop("row", name)), _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)))
+        row, at = str(own.pop("row", name)), _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)), least=1)
         options = {**shared, **_checked(path, f"runs: {name}", own)}
         updates = options.get("max-update")
         if not isinstance(updates, int) or updates < 1:
@@ -108,6 +112,9 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         experts = options.get("moe-expert-count")
         if isinstance(experts, int) and max(at) > experts:
             raise UserError(f"{path}: runs: {name}: at {max(at)}: must be at most moe-expert-count ({experts})")
+        never = {"best": "disable-validation", "last": "no-last-checkpoints"}[checkpoint]
+        if options.get(never):
+            raise UserError(f"{path}: runs: {name}: {never}: saves no checkpoint_{checkpoint}.pt, which is evaluated")
         runs += [Run(str(name), row, seed, at, as_arguments(options), updates) for seed in seeds]
     folders = [run.folder for run in runs]
     for run in runs:
@@ -117,6 +124,10 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     for place, part in (("evaluation", content), (f"settings: {setting}: evaluation", chosen)):
         own = _checked(path, place, part.get("evaluation") or {})
         _check_keys(path, place, own, _EVALUATION)
+        for key, value in own.items():
+            least = _EVALUATION[key]
+            if least is not None and value is not None and (type(value) is not int or value < least):
+                raise UserError(f"{path}: {place}: {key} {value}: must be a whole number, at least {least}")
         evaluation.update(own)
     return Experiment(
         str(content["title"]),
@@ -127,6 +138,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         chosen.get("data"),
         as_arguments(evaluation),
         tuple(runs),
+        str(evaluation.get("split") or Experiment.split),
     )
 
 
@@ -197,9 +209,15 @@ def _mapping(path: Path, place: str, value: Any) -> Dict[str, Any]:
     return value
 
 
-def _numbers(path: Path, place: str, value: Any) -> Tuple[int, ...]:
-    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-        raise UserError(f"{path}: {place} {value}: must be a list of whole numbers, as in [1, 2]")
+def _some(path: Path, place: str, value: Any) -> Dict[str, Any]:
+    if not _mapping(path, place, value):
+        raise UserError(f"{path}: {place}: names none")
+    return value
+
+
+def _numbers(path: Path, place: str, value: Any, least: int = 0) -> Tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(item) is int and item >= least for item in value):
+        raise UserError(f"{path}: {place} {value}: must be a list of whole numbers from {least} on, as in [1, 2]")
     return tuple(value)
 
 

@@ -1,4 +1,4 @@
-"""A bar of the updates of all runs."""
+"""A bar of all runs."""
 
 import contextlib
 import sys
@@ -9,6 +9,9 @@ from tqdm import tqdm
 
 from .run_folder import RunFolder
 
+TRAINING = 0.85
+"""Of a run's time, about; the rest is its evaluation."""
+
 
 @contextlib.contextmanager
 def progress(folders: Sequence[RunFolder]) -> Iterator[tqdm]:
@@ -16,18 +19,29 @@ def progress(folders: Sequence[RunFolder]) -> Iterator[tqdm]:
 
     What is written to its ``fp`` goes to stderr, and the work goes on when nobody reads that any more.
     """
-    done = [folder.updates_saved() for folder in folders]
     ended = threading.Event()
-    total = sum(one.run.updates for one in folders)
-    with tqdm(total=total, initial=sum(done), unit="update", miniters=1, file=_Stderr()) as bar:
+
+    def done(updates: Sequence[int]) -> float:
+        """Runs."""
+        parts = [
+            1.0 if folder.is_evaluated else TRAINING * min(1.0, now / folder.run.updates)
+            for folder, now in zip(folders, updates)
+        ]
+        return round(sum(parts), 2)
+
+    saved = [folder.updates_saved() for folder in folders]
+    updates = sum(folder.run.updates for folder in folders)
+    with tqdm(total=len(folders), initial=done(saved), unit="run", miniters=0, file=_Stderr()) as bar:
+
+        def show() -> None:
+            now = [max(folder.updates_done(), before) for folder, before in zip(folders, saved)]
+            bar.set_postfix_str(f"{sum(now):,} of {updates:,} updates", refresh=False)
+            bar.n = done(now)
+            bar.refresh()
 
         def watch() -> None:
             while not ended.wait(1.0):
-                for place, folder in enumerate(folders):
-                    now = max(folder.updates_done(), done[place])
-                    bar.update(now - done[place])
-                    done[place] = now
-                bar.set_postfix_str(f"{sum(folder.is_evaluated for folder in folders)}/{len(folders)} runs done")
+                show()
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -36,6 +50,7 @@ def progress(folders: Sequence[RunFolder]) -> Iterator[tqdm]:
         finally:
             ended.set()
             watcher.join()
+            show()
 
 
 class _Stderr:

@@ -35,6 +35,17 @@ def test_budget(budget, expected):
     assert found["top_k"] == expected
 
 
+def test_a_list_beside_the_way():
+    """The layer that is given up first is the one that is needed when the others are given up."""
+    bits = {"222": 0, "122": 0.1, "212": 0.2, "221": 0.3, "112": 5.2, "121": 5.1, "211": 1, "111": 9}
+    evaluator = Evaluator(asked=[])
+    at = evaluator.at
+    evaluator.at = lambda top_k, show: {**at(top_k, show), "bits_per_token": bits["".join(map(str, top_k))]}
+    (found,) = allocate(evaluator, [1, 2], 400)
+    assert found["top_k"] == (2, 1, 1)
+    assert len(evaluator.asked) == len(set(evaluator.asked))
+
+
 @pytest.mark.parametrize("budget", [None, 1200])
 def test_a_model_that_is_best_with_few_experts(budget):
     """As one is that was trained with few."""
@@ -54,7 +65,7 @@ def test_a_router_that_gives_fewer_experts_than_it_may():
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match=r"--budget 0.000299: must be at least 0.00 MFLOPs per token, that of k = 1"):
+    with pytest.raises(UserError, match=r"--budget 0.000299: must be at least 0.01 MFLOPs per token, that of k = 1"):
         allocate(Evaluator(asked=[]), [1, 2], 299)
     with pytest.raises(UserError, match=r"--budget nan: must be at least"):
         allocate(Evaluator(asked=[]), [1, 2], float("nan"))

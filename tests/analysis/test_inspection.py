@@ -134,3 +134,15 @@ def test_similarity_of_unrelated_and_equal_experts():
     assert similarity.diag().tolist() == pytest.approx([1] * 4)
     assert similarity[2:, :2].max() < 0.95
     torch.testing.assert_close(similarity, similarity.t())
+
+
+@pytest.mark.parametrize("router", ["smoe", "hyperrouter", "recurrent"])
+def test_rank_of_a_sharp_router(router):
+    """With two gates that add up to 1 the routing term is g1 g2 (FFN1 - FFN2) (w1 - w2)^T, of rank 1 at every token."""
+    model, samples = tiny_model(moe_router=router).eval(), [tiny_sample((9, 5)), tiny_sample((7, 7), seed=1)]
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            for tensor in layer.moe.router.parameters():
+                tensor.mul_(30)
+    for layer in inspect(evaluator(model, samples), 2).layers:
+        assert layer["jacobian_rank"] == 1

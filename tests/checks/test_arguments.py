@@ -13,9 +13,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.glob("*/*.yaml") if "runs" in path.read_text())
 
 MISTAKES = [
-    ("--lr-schedular cosine", "a place: --lr-schedular: fairseq-train has no such option"),
+    ("--lr-schedular cosine", r"a place: --lr-schedular: fairseq-train has no such option, --lr-scheduler\?"),
     ("--moe-top-q 2", "a place: --moe-top-q: fairseq-train has no such option"),
-    ("--lr fast", "a place: --lr: invalid .*'fast'"),
+    ("--lr fast", "a place: --lr: invalid value: 'fast'"),
     ("--arch transfomer_lm", "a place: --arch/-a: invalid choice: 'transfomer_lm'"),
     ("--optimizer adam --moe-top-k", "a place: --moe-top-k: expected one argument"),
 ]

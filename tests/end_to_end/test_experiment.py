@@ -107,8 +107,12 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     runs["smoe"]["lr-schedular"] = "cosine"
     misspelt = experiment(file(runs), data, out)
     assert misspelt.code == 1
-    assert misspelt.last_line.endswith("tiny.yaml: runs: smoe: --lr-schedular: fairseq-train has no such option")
+    assert misspelt.last_line.endswith(
+        "tiny.yaml: runs: smoe: --lr-schedular: fairseq-train has no such option, --lr-scheduler?"
+    )
     del runs["smoe"]["lr-schedular"]
+    nowhere = experiment(file(runs, evaluation={"split": "tset"}), data, out)
+    assert nowhere.code == 1 and nowhere.last_line.endswith("tset.idx; fairseq-preprocess makes it")
     runs["smoe"]["lr"] = 0.5
     refused = experiment(file(runs), data, out)
     assert refused.code == 1 and "smoe-seed1: holds a run with other options (--lr 0.01, --lr 0.5)" in refused.last_line

@@ -83,6 +83,20 @@ def test_as_arguments():
         ({"metric": "loss"}, r"metric loss: choose from perplexity, bits_per_character, bits_per_token"),
         ({"at": 3}, r"at 3: must be a list of whole numbers"),
         ({"at": []}, r"at \[\]: must be a list"),
+        ({"at": [0]}, r"at \[0\]: must be a list of whole numbers from 1 on"),
+        ({"runs": {"a": {"at": [-1]}}}, r"runs: a: at \[-1\]: must be a list of whole numbers from 1 on"),
+        ({"runs": {}}, r"runs: names none"),
+        ({"settings": {}}, r"settings: names none"),
+        ({"settings": {"a": {"data": 5}}}, r"settings: a: data 5: must be a folder's name"),
+        ({"evaluation": {"batch-size": 0}}, r"evaluation: batch-size 0: must be a whole number, at least 1"),
+        (
+            {"evaluation": {"context-window": "no"}},
+            r"context-window no: must be a whole number, at least 0",
+        ),
+        (
+            {"checkpoint": "best", "options": {"max-update": 1, "disable-validation": True}},
+            r"runs: SMoE: disable-validation: saves no checkpoint_best.pt",
+        ),
         (
             {"at": [1, 8], "options": {"moe-expert-count": 4, "max-update": 1}},
             r"runs: SMoE: at 8: must be at most moe-expert-count \(4\)",

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 from fairseq_hyperrouter.experiments.progress import progress
 
 
-def folder(done):
-    return SimpleNamespace(
-        run=SimpleNamespace(updates=10), updates_saved=lambda: 2, updates_done=lambda: done, is_evaluated=False
-    )
+def folder(done, is_evaluated=False):
+    run = SimpleNamespace(updates=10)
+    return SimpleNamespace(run=run, updates_saved=lambda: 2, updates_done=lambda: done, is_evaluated=is_evaluated)
+
+
+def wait_for(bar, runs):
+    until = time.monotonic() + 30
+    while abs(bar.n - runs) > 0.01:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 class Reader(io.StringIO):
@@ -24,14 +30,14 @@ class Reader(io.StringIO):
 
 
 def test_says_where_the_trainings_are(capsys):
-    with progress([folder(5), folder(10)]) as bar:
+    folders = [folder(5), folder(10), folder(10, is_evaluated=True)]
+    with progress(folders) as bar:
         bar.write("one failed", file=bar.fp)
-        until = time.monotonic() + 30
-        while bar.n < 15:
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for(bar, 0.85 / 2 + 0.85 + 1)
+        folders[1].is_evaluated = True
     err = capsys.readouterr().err
-    assert "one failed\n" in err and "15/20" in err and "0/2 runs done" in err
+    assert "one failed\n" in err and "2.27/3 [" in err and "25 of 30 updates" in err
+    assert bar.n == 2.42  # also what was done since it was shown last
 
 
 def test_goes_on_when_nobody_reads_it(monkeypatch):
@@ -40,8 +46,5 @@ def test_goes_on_when_nobody_reads_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", reader)
     with progress([folder(5)]) as bar:
         reader.is_gone = True
-        until = time.monotonic() + 30
-        while bar.n < 5:
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for(bar, 0.85 / 2)
         bar.write("one failed", file=bar.fp)
