@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train HyperRouter and SMoE-Dropout on Tiny Shakespeare, byte by byte, and compare them at 1 to 16 experts per token.
+# Train three models on Tiny Shakespeare, byte by byte, and compare them at 1 to 16 experts per token: HyperRouter and
+# SMoE-Dropout with a k that grows from 8 to 16, as their papers do, and HyperRouter with a k that is drawn (elastic).
 # Some minutes on two CPU cores; the fairseq commands must be on PATH (`make quickstart` sees to that).
 #
 #   quickstart.sh [OUT_DIR]      default: runs/quickstart
@@ -9,7 +10,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/quickstart}
 updates=${UPDATES:-1000}
-export OMP_NUM_THREADS=${THREADS:-1} # one core for each of the two trainings
+export OMP_NUM_THREADS=${THREADS:-1} # per training
 
 data=$out/data-bin
 if [ ! -f "$data/test.idx" ]; then
@@ -18,11 +19,10 @@ if [ ! -f "$data/test.idx" ]; then
         --testpref "$out/text/test.txt" --destdir "$data" --workers 2 > "$out/preprocess.log" 2>&1
 fi
 
-train() { # ROUTER [OPTION...]: one training, into $out/ROUTER
+train() { # NAME OPTION...: one training, into $out/NAME
     fairseq-train "$data" --user-dir "$(fairseq-hyperrouter user-dir)" \
         --task hyperrouter --criterion moe_cross_entropy \
-        --arch transformer_lm_hyperrouter_small --moe-router "$1" --moe-expert-count 16 \
-        --moe-top-k 16 --moe-top-k-schedule linear --moe-top-k-start 8 "${@:2}" \
+        --arch transformer_lm_hyperrouter_small --moe-expert-count 16 --moe-top-k 16 "${@:2}" \
         --decoder-embed-dim 64 --decoder-ffn-embed-dim 128 --decoder-attention-heads 4 \
         --share-decoder-input-output-embed --dropout 0 --tokens-per-sample 128 --batch-size 8 \
         --optimizer adam --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 100 --clip-norm 0.25 \
@@ -30,24 +30,31 @@ train() { # ROUTER [OPTION...]: one training, into $out/ROUTER
         --validate-interval-updates 500 --max-valid-steps 20 --required-batch-size-multiple 1 --log-interval 50 --no-progress-bar --cpu
 }
 
-routers=(hyperrouter smoe-dropout)
+growing=(--moe-top-k-schedule linear --moe-top-k-start 8)
+names=()
 pids=()
 trap 'kill "${pids[@]}" 2> /dev/null || true' EXIT
-for router in "${routers[@]}"; do
-    echo "training $router for $updates updates; log: $out/$router.log"
-    train "$router" > "$out/$router.log" 2>&1 &
+start() { # NAME OPTION...
+    echo "training $1 for $updates updates; log: $out/$1.log"
+    train "$@" > "$out/$1.log" 2>&1 &
+    names+=("$1")
     pids+=($!)
-done
-for index in 0 1; do
-    while kill -0 "${pids[$index]}" 2> /dev/null; do # show the newest training line of both, now and then
+}
+start hyperrouter --moe-router hyperrouter "${growing[@]}"
+start smoe-dropout --moe-router smoe-dropout "${growing[@]}"
+start hyperrouter-elastic --moe-router hyperrouter --moe-top-k-schedule elastic
+for index in "${!pids[@]}"; do
+    while kill -0 "${pids[$index]}" 2> /dev/null; do # show the newest training line of each, now and then
         sleep 20
-        for router in "${routers[@]}"; do
-            line=$(grep -oE ' loss=[0-9.]+|num_updates=[0-9]+|moe_top_k=[0-9.]+' "$out/$router.log" | tail -3 | tr '\n' ' ' || true)
-            echo "  $router: ${line:-starting}"
+        for name in "${names[@]}"; do
+            line=$(grep -oE ' loss=[0-9.]+|num_updates=[0-9]+|moe_top_k=[0-9.]+' "$out/$name.log" | tail -3 | tr '\n' ' ' || true)
+            echo "  $name: ${line:-starting}"
         done
     done
-    wait "${pids[$index]}" || { tail -n 1 "$out/${routers[$index]}.log"; exit 1; }
+    wait "${pids[$index]}" || { tail -n 1 "$out/${names[$index]}.log"; exit 1; }
 done
 
-OMP_NUM_THREADS=2 fairseq-hyperrouter sweep "$out/hyperrouter/checkpoint_best.pt" "$out/smoe-dropout/checkpoint_best.pt" \
+checkpoints=("${names[@]/#/$out/}")
+checkpoints=("${checkpoints[@]/%//checkpoint_best.pt}")
+OMP_NUM_THREADS=2 fairseq-hyperrouter sweep "${checkpoints[@]}" \
     "$data" --top-k 1,2,4,8,16 --out "$out/sweep" --batch-size 32
