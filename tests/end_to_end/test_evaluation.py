@@ -8,7 +8,8 @@ import torch
 from fairseq import tasks
 from omegaconf import OmegaConf
 
-from fairseq_hyperrouter import Routing
+from fairseq_hyperrouter import Routing, UserError
+from fairseq_hyperrouter.analysis.evaluation import Evaluator
 from tests import commands, reference
 from tests.commands import EXPERTS, REPO, USER_DIR, load, loss_of, run, run_python, sweep, train
 
@@ -116,6 +117,23 @@ def test_allocate_prints_what_evaluates_the_list(tmp_path, data, trained):
     row = next(row for row in json.loads((tmp_path / "allocate.json").read_text()) if row["top_k"] == EXPERTS)
     printed = commands.evaluate(data, checkpoint, options=["--model-overrides", overrides])["printed_perplexity"]
     assert printed == f"{row['perplexity']:.2f}"
+
+
+def test_a_part_of_the_split(data, trained):
+    """Every n-th batch: about as many tokens as are asked for, and with more than there are all of them."""
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
+
+    def at(tokens):
+        return Evaluator(checkpoint, str(data), batch_size=1, cpu=True, tokens=tokens).at(2, show=False)
+
+    whole = at(None)
+    assert at(10**9)["perplexity"] == whole["perplexity"]
+    part = at(whole["tokens"] // 3)
+    assert 0.2 < part["tokens"] / whole["tokens"] < 0.5
+    assert part["perplexity"] == pytest.approx(whole["perplexity"], rel=0.2)
+    assert part["perplexity"] != whole["perplexity"]
+    with pytest.raises(UserError, match="--tokens 0: must be at least 1"):
+        at(0)
 
 
 def test_user_dir_prints_the_folder():
