@@ -1,4 +1,4 @@
-# make quickstart   set up, then train and compare two small models (2 to 11 minutes on two CPU cores)
+# make quickstart   set up, then train and compare three small models (4 to 15 minutes on two CPU cores)
 # make test         set up, then lint and run the tests
 # make install      only set up: everything goes into .venv
 #
