@@ -5,7 +5,7 @@ Dimensions: T tokens, D model, F hidden, E experts, K experts per token.
 
 import math
 from functools import partial
-from typing import Callable, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +149,8 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, capacity_factor={self.capacity_factor}"
+
+
+def moe_layers(model: nn.Module) -> List[MoELayer]:
+    """Those of a model, from the bottom."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]

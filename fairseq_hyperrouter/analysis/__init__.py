@@ -7,7 +7,10 @@ machine.py       where numbers were made
 table.py         tables of them as Markdown
 pictures.py      pictures of them
 evaluation.py    the loss of a checkpoint at any number of experts       observation, cost
-inspection.py    what its routing looks like, layer by layer             evaluation, observation, measures
+seen.py          what a layer made of tokens, kept for later
+layer_numbers.py the numbers of one MoE layer                           measures, seen
+validation.py    those that a training logs when it validates           observation, layer_numbers, seen
+inspection.py    those of a checkpoint on a text                        evaluation, observation, layer_numbers, seen
 layer_table.py   that as a table
 page.py          that as an HTML page                                    inspection, layer_table
 allocation.py    fairseq-hyperrouter allocate                            evaluation

@@ -1,11 +1,11 @@
 """Parameters and floating point operations of a language model at a number of active experts."""
 
-from typing import Any, List, NamedTuple, Sequence, Union
+from typing import NamedTuple, Sequence, Union
 
 from fairseq.modules.adaptive_softmax import TiedLinear
 from torch import nn
 
-from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.moe_layer import moe_layers
 
 
 class ModelCost(NamedTuple):
@@ -26,7 +26,7 @@ class ModelCost(NamedTuple):
 
 def model_cost(model: nn.Module, top_k: Union[float, Sequence[float]], context: int) -> ModelCost:
     """Count for *top_k* experts per token, or as many in each MoE layer, and samples of *context* tokens."""
-    layers: List[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # A hypernetwork shared by all layers counts once. What is no floating point number counts or looks up: no weight.
     frozen_weights = {b for layer in layers for b in layer.router.buffers() if b.is_floating_point()}

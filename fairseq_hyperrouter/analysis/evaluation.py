@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_hyperrouter.config import TopK, format_ints
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.moe_layer import moe_layers
 from fairseq_hyperrouter.routing import Routing, totals
 from fairseq_hyperrouter.routing.schedule import doubling
 from fairseq_hyperrouter.token_length import characters_per_token
@@ -77,7 +77,7 @@ class Evaluator:
         self.every = 1 if tokens is None else max(1, round(sum(task.dataset(split).sizes) / tokens))
         self.has_experts = hasattr(model, "at_top_k")
         self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
-        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        self.layers = moe_layers(model)
         self.device = next(model.parameters()).device
 
     def top_ks(self, option: str, values: Optional[Sequence[int]] = None) -> Sequence[Optional[int]]:

@@ -3,48 +3,28 @@
 Dimensions: T tokens, D model, E experts, K experts per token, V symbols, L MoE layers.
 """
 
-import math
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.experts.similarity import cka
-from fairseq_hyperrouter.moe_layer import MoELayer
-from fairseq_hyperrouter.routing import Routing, RoutingContext, metrics, totals
+from fairseq_hyperrouter.routing import Routing
 
-from . import measures
 from .evaluation import Evaluator
+from .layer_numbers import SAMPLE, of_experts, of_routing
 from .observation import observed
+from .seen import Seen, at, seen_tokens, together
 
 TOP_TOKENS = 12
 TOKENS = 20_000
 """Of the text, at most, that routing is looked at."""
-SAMPLE = 256
-"""Of these, about, whose outputs are compared."""
-JACOBIANS = 64
-"""Of the sample, about, whose routing term is computed."""
-
-
-class Seen(NamedTuple):
-    """What one MoE layer made of tokens."""
-
-    number: Tensor
-    """(T,) where in the text each stands."""
-    x: Tensor
-    """(T, D)"""
-    routing: Routing
-    token_ids: Tensor
-    """(T,)"""
-    state: Optional[Tensor]
-    """(T, S), what the router of the layer below handed on."""
 
 
 class Inspection(NamedTuple):
     """Of one checkpoint at one K."""
 
     layers: List[Dict[str, Any]]
-    """Numbers of each MoE layer, as JSON takes them. What is logged too has that name, less its moe_."""
+    """Numbers of each MoE layer, as JSON takes them."""
     chosen: List[Tensor]
     """(T, E) bool per layer, which experts each token of the text has."""
     token_ids: Tensor
@@ -56,7 +36,7 @@ def inspect(evaluator: Evaluator, top_k: int) -> Inspection:
     """Look at the routing of the text with *top_k* experts per token.
 
     At every n-th token of the whole text, n so that there are at most TOKENS; what compares outputs (similarity, ranks)
-    at SAMPLE of these, the Jacobian at JACOBIANS of those. Which tokens depends on the text alone.
+    at SAMPLE of these. Which tokens depends on the text alone.
     """
     lengths = torch.as_tensor(evaluator.task.dataset(evaluator.split).sizes).long()
     starts, total = lengths.cumsum(0) - lengths, int(lengths.sum())
@@ -73,102 +53,21 @@ def inspect(evaluator: Evaluator, top_k: int) -> Inspection:
             def keep(
                 layer: int, x: Tensor, arguments: Dict[str, Any], routing: Routing, number: Tensor = number
             ) -> None:
-                tokens = _tokens(number, x, arguments, routing)
-                sample[layer].append(_at(tokens, tokens.number % every_of_sample == 0))
+                tokens = seen_tokens(number, x, arguments, routing)
+                sample[layer].append(at(tokens, tokens.number % every_of_sample == 0))
                 # of the tokens themselves all are kept, what is wide of the sample only
-                seen[layer].append(_at(tokens._replace(x=tokens.x[:, :0], state=None), tokens.number % every == 0))
+                seen[layer].append(at(tokens._replace(x=tokens.x[:, :0], state=None), tokens.number % every == 0))
 
             with observed(evaluator.layers, keep):
                 evaluator.forward(batch)
     dictionary = evaluator.task.target_dictionary
-    whole, parts = map(_together, seen), map(_together, sample)
+    whole, parts = map(together, seen), map(together, sample)
     found = list(zip(evaluator.layers, whole, parts))
-    layers = [_layer(layer, one, part, top_k, dictionary) for layer, one, part in found]
+    layers = [
+        {**of_routing(one), **of_experts(layer, part, top_k), "top_tokens": _top_tokens(one, dictionary)}
+        for layer, one, part in found
+    ]
     return Inspection(layers, [one.routing.chosen_mask() for _, one, _ in found], found[0][1].token_ids)
-
-
-def _tokens(number: Tensor, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> Seen:
-    """Of one forward pass, padding left out."""
-    seen = Seen(
-        number,
-        x.flatten(0, -2).float(),
-        Routing(routing.logits, routing.expert_index, routing.gate, chosen=routing.chosen),
-        arguments["token_ids"].reshape(-1),
-        arguments.get("router_state"),
-    )
-    return seen if routing.token_mask is None else _at(seen, routing.token_mask)
-
-
-def _at(seen: Seen, which: Tensor) -> Seen:
-    """Some of the tokens, or all in another order."""
-
-    def at(value: Optional[Tensor]) -> Optional[Tensor]:
-        return None if value is None else value[which]
-
-    return Seen(*(Routing(*map(at, one)) if isinstance(one, Routing) else at(one) for one in seen))
-
-
-def _together(parts: Sequence[Seen]) -> Seen:
-    """In the order of the text."""
-
-    def joined(values: Iterable[Optional[Tensor]]) -> Optional[Tensor]:
-        values = [value for value in values if value is not None]
-        return torch.cat(values) if values else None
-
-    number, x, routings, token_ids, states = zip(*parts)
-    whole = Seen(*map(joined, (number, x)), Routing(*map(joined, zip(*routings))), *map(joined, (token_ids, states)))
-    return _at(whole, whole.number.argsort())
-
-
-def _layer(layer: MoELayer, seen: Seen, sample: Seen, top_k: int, dictionary: Any) -> Dict[str, Any]:
-    routing, x = seen.routing, sample.x
-    load, entropy = totals.expert_load(routing), metrics.entropy(routing).mean().item()
-    E = len(load)
-    outputs = layer.every_expert(x)  # (T, E, D)
-    similarity = measures.pairwise(cka, outputs.transpose(0, 1).double())
-    weights = torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1)
-    cosine = measures.pairwise(measures.cosine, weights)
-    terms = list(_routing_terms(layer, sample, outputs, top_k))
-    others = ~torch.eye(E, dtype=torch.bool)
-    return {
-        "router_entropy": entropy,
-        "normalised_entropy": entropy / math.log(max(2, E)),
-        "inner_balance": metrics.log_inner_balance(routing).mean().exp().item(),
-        "outer_balance": metrics.outer_balance(routing).mean().item(),
-        "margin": metrics.margin(routing).mean().item(),
-        "load": (load / load.sum()).tolist(),
-        "load_imbalance": metrics.load_imbalance(load).item(),
-        "load_cv": metrics.load_cv(load).item(),
-        "unused_experts": int((load == 0).sum()),
-        "mean_top_k": (load.sum() / totals.num_tokens(routing)).item(),
-        "output_similarity": similarity.tolist(),
-        "mean_output_similarity": similarity[others].mean().item() if E > 1 else None,
-        "weight_similarity": cosine.tolist(),
-        "mean_weight_similarity": cosine[others].mean().item() if E > 1 else None,
-        "hidden_rank": measures.effective_rank(x - x.mean(0)).item(),
-        "jacobian_rank": sum(map(measures.numerical_rank, terms)) / max(1, len(terms)),
-        "jacobian_span": measures.numerical_rank(torch.cat(terms)) if terms else 0,
-        "width": x.size(1),
-        "top_tokens": _top_tokens(seen, dictionary),
-    }
-
-
-def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int) -> Iterator[Tensor]:
-    """The routing term of the Jacobian, (D, D), at every n-th token.
-
-    In float64: the rounding of float32 gates is as large as the least singular values that count.
-    """
-    for token in range(0, len(outputs), -(-len(outputs) // JACOBIANS)):
-        state = None if seen.state is None else seen.state[token : token + 1].double()
-        context = RoutingContext(top_k, token_ids=seen.token_ids[token : token + 1], state=state)
-
-        def gates(x: Tensor, context: RoutingContext = context) -> Tensor:
-            routing = layer.router(x[None], context)
-            kept = routing.gate if routing.kept is None else routing.gate * routing.kept
-            return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)[0]
-
-        with torch.enable_grad():
-            yield measures.routing_jacobian(gates, outputs[token], seen.x[token].double())
 
 
 def _top_tokens(seen: Seen, dictionary: Any) -> List[List[Dict[str, Any]]]:

@@ -14,19 +14,12 @@ def changed(one: Tensor, other: Tensor) -> Tensor:
     return (one != other).any(-1).double().mean()
 
 
-def pairwise(measure: Callable[[Tensor, Tensor], Tensor], items: Tensor) -> Tensor:
-    """(E, E) a symmetric *measure* of every pair of the E *items*."""
-    E = len(items)
-    matrix = torch.eye(E, dtype=torch.float64)
-    for i in range(E):
-        for j in range(i + 1):
-            matrix[i, j] = matrix[j, i] = measure(items[i], items[j])
-    return matrix
-
-
-def cosine(one: Tensor, other: Tensor) -> Tensor:
-    """0-dim: cosine of the angle between two tensors taken as vectors."""
-    return torch.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0)
+def cosines(items: Tensor) -> Tensor:
+    """(E, E) cosine of the angle between every two of E tensors taken as vectors; 0 to one that is 0."""
+    rows = items.double().flatten(1)
+    products = rows @ rows.t()
+    norms = products.diagonal().sqrt().clamp(min=1e-300)
+    return products / norms / norms[:, None]
 
 
 def effective_rank(rows: Tensor) -> Tensor:
@@ -39,23 +32,39 @@ def effective_rank(rows: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def numerical_rank(rows: Tensor, tolerance: float = 1e-6) -> int:
-    """How many singular values are above *tolerance* times the largest."""
+def numerical_rank(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """(...) how many singular values of (..., N, D) are above *tolerance* times the largest."""
     values = torch.linalg.svdvals(rows.double())
-    return int((values > tolerance * values[0]).sum()) if len(values) and values[0] > 0 else 0
+    return (values > tolerance * values[..., :1]).sum(-1)
 
 
-def routing_jacobian(gates: Callable[[Tensor], Tensor], outputs: Tensor, x: Tensor) -> Tensor:
-    """(D, D) the term of the layer's Jacobian at one token that passes through its gates: sum_i FFN_i(x) dg_i/dx.
-
-    The layer is y = sum_i g_i(x) FFN_i(x), so J = sum_i g_i dFFN_i/dx + this term. With gates softmax(W x) it is
-    sum_j g_j (FFN_j(x) - y) w_j^T: its rows lie in the span of at most E rows of W (X-MoE, arXiv 2204.09179), and a
-    token that has to please the router loses the other dimensions. That is what representation collapse means.
+def gate_jacobian(gates: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(T, E, D) dg_i/dx at each of the (T, D) tokens *x*.
 
     Args:
-        gates: (D,) -> (E,), 0 for experts that are not chosen.
-        outputs: (E, D), FFN_i(x).
-        x: (D,)
+        gates: (T, D) -> (T, E), for every token by itself; 0 for experts that are not chosen.
     """
-    of_gates = torch.autograd.functional.jacobian(gates, x)  # (E, D)
-    return outputs.t().double() @ of_gates.double()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        gate = gates(x)
+        if not gate.requires_grad:  # it does not depend on the token
+            return gate.new_zeros(*gate.shape, x.size(1))
+        of_one = [torch.autograd.grad(g, x, retain_graph=True, materialize_grads=True)[0] for g in gate.sum(0)]
+    return torch.stack(of_one, dim=1)
+
+
+def routing_jacobian(of_gates: Tensor, outputs: Tensor) -> Tensor:
+    """(T, min(D, E), D) the term of the layer's Jacobian that passes through its gates, up to a rotation.
+
+    The layer is y = sum_i g_i(x) FFN_i(x), so J = sum_i g_i dFFN_i/dx + O^T G, the rows of O being FFN_i(x) and those
+    of G dg_i/dx. With gates softmax(W x) that term is sum_j g_j (FFN_j(x) - y) w_j^T: its rows lie in the span of at
+    most E rows of W (X-MoE, arXiv 2204.09179), and a token that has to please the router loses the other dimensions.
+    That is what representation collapse means.
+
+    Here R G is returned, O^T = Q R: it has the singular values and the span of O^T G, and min(D, E) rows in place of D.
+
+    Args:
+        of_gates: (T, E, D), G.
+        outputs: (T, E, D), O.
+    """
+    return torch.linalg.qr(outputs.transpose(1, 2).to(of_gates), mode="r").R @ of_gates

@@ -4,7 +4,8 @@ import base64
 import html
 from typing import Any, Dict, Iterator, Sequence
 
-from .inspection import JACOBIANS, SAMPLE, TOKENS
+from .inspection import TOKENS
+from .layer_numbers import JACOBIANS, SAMPLE
 from .layer_table import NUMBERS, layer_rows
 
 STYLE = """

@@ -27,8 +27,9 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
     moe_log_layers: bool = field(
         default=False,
         metadata={
-            "help": "log the routing of every MoE layer beside the means, as moe_router_entropy_layer0, for "
-            "--tensorboard-logdir, --wandb-project and --log-format json"
+            "help": "log the routing of every MoE layer beside the means, as moe_router_entropy_layer0, and at every "
+            "validation how alike its experts are and of what rank what it routes, for --tensorboard-logdir, "
+            "--wandb-project and --log-format json"
         },
     )
     moe_distill_wt: Optional[float] = field(
@@ -64,6 +65,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     def __init__(self, cfg: MoECrossEntropyConfig, task: Any) -> None:
         super().__init__(task, cfg.sentence_avg)
         self.cfg = cfg
+        self.logs_layers = cfg.moe_log_layers
 
     @classmethod
     def build_criterion(cls, cfg: MoECrossEntropyConfig, task: Any) -> "MoECrossEntropyCriterion":
@@ -86,7 +88,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         }
         if routings:
             num_experts = model.decoder.moe_config.moe_expert_count
-            logging_output.update(routing_sums(routings, num_experts, loss.device, self.cfg.moe_log_layers))
+            logging_output.update(routing_sums(routings, num_experts, loss.device, self.logs_layers))
         weight = self._distill_weight(model) if self.training and reduce and routings else 0.0
         if weight:
             with model.decoder.at_largest_top_k():

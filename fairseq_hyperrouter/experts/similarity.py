@@ -20,10 +20,10 @@ def cka(a: Tensor, b: Tensor) -> Tensor:
     That is the cosine of the two matrices after U-centring (Szekely and Rizzo, arXiv 1310.2926), and so never outside
     -1 .. 1, whereas HSIC added up from its three large sums is all rounding where the outputs are nearly constant.
     """
-    return torch.cosine_similarity(_gram(a).flatten(), _gram(b).flatten(), dim=0)
+    return torch.cosine_similarity(centred_gram(a).flatten(), centred_gram(b).flatten(), dim=0)
 
 
-def _gram(a: Tensor) -> Tensor:
+def centred_gram(a: Tensor) -> Tensor:
     """(n, n) U-centred A A^T: rows and columns add up to 0 without the diagonal, which is 0. A shift of A drops out."""
     n = len(a)
     a = a - a.mean(dim=0)

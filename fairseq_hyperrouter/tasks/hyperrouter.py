@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -12,6 +13,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import ListConfig
 
+from fairseq_hyperrouter.analysis.validation import ValidationLog
 from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers
 from fairseq_hyperrouter.checks.stock_options import check_training
@@ -67,6 +69,7 @@ class HyperRouterTask(LanguageModelingTask):
         if args.token_unit not in TOKEN_UNITS:
             raise UserError(f"--token-unit {args.token_unit!r}: choose from {', '.join(TOKEN_UNITS)}")
         self.update_load = UpdateLoad()
+        self.validation_log = ValidationLog()
         self.update_freq: Sequence[int] = (1,)
         self.builds_for_training = self.divides_experts = False
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
@@ -177,11 +180,20 @@ class HyperRouterTask(LanguageModelingTask):
         else:
             self.update_load.tell(model)
 
+    def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        super().begin_valid_epoch(epoch, model)
+        self.validation_log.begin()
+
+    def post_validate(self, model: Any, stats: Dict[str, Any], agg: Any) -> None:
+        """fairseq-train calls this after each validation set."""
+        self.validation_log.next_set()
+
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more
             return 0, 0, {"ntokens": 0, "nsentences": 0, "sample_size": 0}
         with gives_up_without_memory(self.divides_experts):
-            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+            with self.validation_log.measured(model) if getattr(criterion, "logs_layers", False) else nullcontext():
+                loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
             for top_k in self.valid_top_k:
                 with model.at_top_k(top_k):
                     _, _, output = super().valid_step(sample, model, criterion)

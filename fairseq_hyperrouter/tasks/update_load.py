@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.moe_layer import moe_layers
 from fairseq_hyperrouter.workers import number_of_workers
 
 
@@ -30,7 +30,7 @@ class UpdateLoad:
 
     def tell(self, model: Any) -> None:
         """Give every router that learns from it the load of the update; all workers call this together."""
-        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        layers = moe_layers(model)
         if self._sums is not None and any(layer.router.learns_from_load for layer in layers):
             if number_of_workers() > 1:
                 dist.all_reduce(self._sums)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from fairseq_hyperrouter.analysis import inspection
+from fairseq_hyperrouter.analysis import inspection, layer_numbers
 from fairseq_hyperrouter.analysis.inspection import inspect
 from fairseq_hyperrouter.criterions.routing_metrics import log_routing, routing_sums
 from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
@@ -88,7 +88,7 @@ def test_which_tokens_depends_on_the_text_alone(monkeypatch):
     """Not on how it is cut into batches, nor on their order."""
     monkeypatch.setattr(inspection, "TOKENS", 30)
     monkeypatch.setattr(inspection, "SAMPLE", 10)
-    monkeypatch.setattr(inspection, "JACOBIANS", 4)
+    monkeypatch.setattr(layer_numbers, "JACOBIANS", 4)
     model, lengths = tiny_model(moe_router="recurrent").eval(), (9, 5, 7, 8, 3, 9, 6, 9)
     whole = tiny_sample(lengths)
     parts = []

@@ -14,11 +14,11 @@ def test_changed():
     assert measures.changed(one, other).item() == 0.5
 
 
-def test_pairwise_cosines():
-    items = torch.tensor([[[1.0, 0], [0, 0]], [[1.0, 0], [1, 0]], [[0.0, 0], [0, -2]]])
+def test_cosines():
+    items = torch.tensor([[[1.0, 0], [0, 0]], [[1.0, 0], [1, 0]], [[0.0, 0], [0, -2]], [[0.0, 0], [0, 0]]])
     half = 1 / math.sqrt(2)
-    expected = torch.tensor([[1, half, 0], [half, 1, 0], [0, 0, 1]], dtype=torch.float64)
-    torch.testing.assert_close(measures.pairwise(measures.cosine, items), expected)
+    expected = torch.tensor([[1, half, 0, 0], [half, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(measures.cosines(items), expected)
 
 
 def test_ranks():
@@ -35,26 +35,39 @@ def test_ranks():
 def test_routing_jacobian():
     """By autograd of the whole layer less the experts' own part, and by the formula; its rank is at most K - 1."""
     torch.manual_seed(0)
-    D, E, K = 7, 5, 3
+    D, E, K, T = 7, 5, 3, 4
     W, experts = torch.randn(E, D, dtype=torch.double), torch.randn(E, D, D, dtype=torch.double)
-    x = torch.randn(D, dtype=torch.double)
+    tokens = torch.randn(T, D, dtype=torch.double)
 
     def gates(x):
-        z = W @ x
+        z = x @ W.t()
         chosen = z.topk(K).indices
-        return torch.zeros(E, dtype=torch.double).scatter(0, chosen, z[chosen].softmax(0))
+        return torch.zeros_like(z).scatter(-1, chosen, z.gather(-1, chosen).softmax(-1))
 
-    outputs = torch.einsum("eij,j->ei", experts, x).tanh()
-    found = measures.routing_jacobian(gates, outputs, x)
+    def every_expert(x):
+        return torch.einsum("eij,...j->...ei", experts, x).tanh()
 
-    def layer(x):
-        return gates(x) @ torch.einsum("eij,j->ei", experts, x).tanh()
+    found = measures.routing_jacobian(measures.gate_jacobian(gates, tokens), every_expert(tokens))
+    assert found.shape == (T, E, D)
+    jacobian, terms = torch.autograd.functional.jacobian, []
+    for x, rotated in zip(tokens, found):
+        g, outputs = gates(x), every_expert(x)
+        term = jacobian(lambda x: gates(x) @ every_expert(x), x) - jacobian(lambda x: g @ every_expert(x), x)  # noqa: B023
+        torch.testing.assert_close(term, torch.einsum("e,ei,ej->ij", g, outputs - g @ outputs, W))
+        torch.testing.assert_close(rotated.t() @ rotated, term.t() @ term)
+        terms.append(term)
+    assert measures.numerical_rank(found).tolist() == [K - 1] * T
+    assert measures.numerical_rank(found.flatten(0, 1)) == torch.linalg.matrix_rank(torch.cat(terms), rtol=1e-6)
 
-    def without_gates(x):
-        return gates(x).detach() @ torch.einsum("eij,j->ei", experts, x).tanh()
 
-    jacobian = torch.autograd.functional.jacobian
-    torch.testing.assert_close(found, jacobian(layer, x) - jacobian(without_gates, x))
-    g, y = gates(x), layer(x)
-    torch.testing.assert_close(found, torch.einsum("e,ei,ej->ij", g, outputs - y, W))
-    assert measures.numerical_rank(found) == K - 1
+def test_routing_jacobian_with_more_experts_than_dimensions():
+    of_gates, outputs = torch.randn(2, 9, 4, dtype=torch.double), torch.randn(2, 9, 4)
+    found = measures.routing_jacobian(of_gates, outputs)
+    term = outputs.transpose(1, 2).double() @ of_gates
+    assert found.shape == (2, 4, 4)
+    torch.testing.assert_close(found.transpose(1, 2) @ found, term.transpose(1, 2) @ term)
+
+
+def test_jacobian_of_gates_that_do_not_depend_on_the_token():
+    assert measures.gate_jacobian(lambda x: torch.ones(3, 2) + 0 * x.sum(), torch.ones(3, 5)).abs().sum() == 0
+    assert measures.gate_jacobian(lambda x: torch.ones(3, 2), torch.ones(3, 5)).abs().sum() == 0

@@ -1,0 +1,85 @@
+"""The numbers of one MoE layer, from what it made of tokens; None where one has no meaning.
+
+Dimensions: T tokens, D model, E experts, K experts per token.
+"""
+
+import math
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_hyperrouter.experts.similarity import centred_gram
+from fairseq_hyperrouter.moe_layer import MoELayer
+from fairseq_hyperrouter.routing import Limit, RoutingContext, metrics, totals
+
+from . import measures
+from .seen import Seen
+
+SAMPLE = 256
+"""How many tokens, about, the experts are compared on."""
+JACOBIANS = 64
+"""Of these, about, whose routing term is computed."""
+
+
+def of_routing(seen: Seen) -> Dict[str, Any]:
+    """What the Routing says. What training logs too has that name, less its moe_."""
+    routing = seen.routing
+    load, entropy = totals.expert_load(routing), metrics.entropy(routing).mean().item()
+    return {
+        "router_entropy": entropy,
+        "normalised_entropy": entropy / math.log(max(2, len(load))),
+        "inner_balance": metrics.log_inner_balance(routing).mean().exp().item(),
+        "outer_balance": metrics.outer_balance(routing).mean().item(),
+        "margin": metrics.margin(routing).mean().item(),
+        "load": (load / load.sum()).tolist(),
+        "load_imbalance": metrics.load_imbalance(load).item(),
+        "load_cv": metrics.load_cv(load).item(),
+        "unused_experts": int((load == 0).sum()),
+        "mean_top_k": (load.sum() / totals.num_tokens(routing)).item(),
+    }
+
+
+@torch.no_grad()
+def of_experts(layer: MoELayer, sample: Seen, top_k: int, limit: Optional[Limit] = None) -> Dict[str, Any]:
+    """What only the *layer* itself shows: how alike its experts are, and of what rank is what it sees and routes.
+
+    Every expert computes every token of the *sample*. With experts that are divided over workers all of these call this
+    together, and the weights compared are those of the worker's own experts.
+    """
+    x, outputs = sample.x, layer.every_expert(sample.x)  # (T, D), (T, E, D)
+    similarity = measures.cosines(torch.stack([centred_gram(one) for one in outputs.transpose(0, 1).double()]))
+    cosine = measures.cosines(torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1))
+    terms = _routing_terms(layer, sample, outputs, top_k, limit)
+    return {
+        "output_similarity": similarity.tolist(),
+        "mean_output_similarity": _mean_of_others(similarity),
+        "weight_similarity": cosine.tolist(),
+        "mean_weight_similarity": _mean_of_others(cosine),
+        "hidden_rank": measures.effective_rank(x - x.mean(0)).item(),
+        "jacobian_rank": measures.numerical_rank(terms).double().mean().item(),
+        "jacobian_span": measures.numerical_rank(terms.flatten(0, 1)).item(),
+        "width": x.size(1),
+    }
+
+
+def _mean_of_others(similarity: Tensor) -> Any:
+    others = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return similarity[others].mean().item() if len(similarity) > 1 else None
+
+
+def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int, limit: Optional[Limit]) -> Tensor:
+    """measures.routing_jacobian at every n-th token.
+
+    In float64: the rounding of float32 gates is as large as the least singular values that count.
+    """
+    some = slice(None, None, -(-len(outputs) // JACOBIANS))
+    state = None if seen.state is None else seen.state[some].double()
+    context = RoutingContext(top_k, token_ids=seen.token_ids[some], state=state, limit=limit)
+
+    def gates(x: Tensor) -> Tensor:
+        routing = layer.router(x, context)
+        kept = routing.gate if routing.kept is None else routing.gate * routing.kept
+        return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)
+
+    return measures.routing_jacobian(measures.gate_jacobian(gates, seen.x[some].double()), outputs[some])

@@ -1,0 +1,65 @@
+"""What a validation logs of the layers, against what the report says of the same tokens."""
+
+import pytest
+import torch
+from fairseq.logging import metrics
+
+from fairseq_hyperrouter.analysis.inspection import inspect
+from fairseq_hyperrouter.analysis.validation import LOGGED, ValidationLog
+from tests.analysis.test_inspection import evaluator
+from tests.tiny import DECODER_ROUTERS, tiny_model, tiny_sample
+
+SAMPLE = tiny_sample((9, 5, 7))
+
+
+def validate(log, model, samples):
+    with metrics.aggregate(new_root=True) as aggregator, torch.no_grad():
+        for sample in samples:
+            with log.measured(model):
+                model(**sample["net_input"])
+    return aggregator.get_smoothed_values()
+
+
+@pytest.mark.parametrize("router", DECODER_ROUTERS)
+def test_is_what_the_report_says(router):
+    """Of the first batch only, whatever comes after it."""
+    model, log = tiny_model(moe_router=router).eval(), ValidationLog()
+    log.begin()
+    logged = validate(log, model, [SAMPLE, tiny_sample((16, 16), seed=3)])
+    for number, layer in enumerate(inspect(evaluator(model, [SAMPLE]), model.decoder.eval_top_k[0]).layers):
+        for name in LOGGED:
+            assert logged[f"moe_{name}_layer{number}"] == pytest.approx(layer[name], abs=1e-3), name
+
+
+def test_once_per_set():
+    model, log = tiny_model().eval(), ValidationLog()
+    assert not validate(log, model, [SAMPLE])  # no validation of a training
+    log.begin()
+    assert validate(log, model, [SAMPLE])
+    assert not validate(log, model, [SAMPLE])
+    log.next_set()
+    assert validate(log, model, [SAMPLE])
+
+
+def test_changed():
+    """Of 8 tokens that all go to expert 0 a new router sends half elsewhere; those of other sets do not count."""
+    model, log, sample = tiny_model(moe_router="smoe", moe_top_k=1).eval(), ValidationLog(), tiny_sample((8,))
+    router = model.decoder.layers[0].moe.router
+    router.logits = lambda x, context: torch.nn.functional.one_hot(torch.zeros(len(x)).long(), 4).float()
+    log.begin()
+    assert not any("changed" in name for name in validate(log, model, [sample]))
+    log.next_set()
+    assert not any("changed" in name for name in validate(log, model, [sample]))
+    router.logits = lambda x, context: torch.nn.functional.one_hot((torch.arange(len(x)) + 1) % 2, 4).float()
+    log.begin()
+    logged = validate(log, model, [sample])
+    assert logged["moe_changed_layer0"] == 0.5
+
+
+def test_too_few_tokens_for_a_similarity():
+    """With two tokens there is none; the rest is logged."""
+    model, log = tiny_model().eval(), ValidationLog()
+    log.begin()
+    logged = validate(log, model, [tiny_sample((2,))])
+    assert "moe_jacobian_rank_layer0" in logged
+    assert "moe_mean_output_similarity_layer0" not in logged
