@@ -114,7 +114,7 @@ def _explain_stock(error: BaseException) -> Optional[str]:
     if "indexed_dataset.py" in where and isinstance(error, (AssertionError, ValueError)):
         return f"{_local(error, 'path', 'the data folder')} is damaged: make it again with fairseq-preprocess"
     if "load_checkpoint_to_cpu" in where:
-        from .checks.checkpoints import unreadable
+        from .checks.checkpoint_file import unreadable
 
         path = _local(error, "local_path", "")
         reason = unreadable(path)

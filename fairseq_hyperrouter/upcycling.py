@@ -12,7 +12,8 @@ import torch
 from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
-from .checks.checkpoints import read_model_cfg, restored_checkpoint, saved_tensors
+from .checks.checkpoint_file import read_model_cfg, restored_checkpoint
+from .checks.same_model import saved_tensors
 from .config import NO_LAYERS
 from .errors import UserError, option_name
 from .moe_layer import MoELayer

@@ -5,7 +5,8 @@ data_folder.py           what lies in DATA
 stock_options.py         stock fairseq's own options
 moe_options.py           ours beside the model's, the task's and the criterion's
 distributed_options.py   combinations of workers that cannot work
-checkpoints.py           what lies in the checkpoint folder, and what it was made with
+checkpoint_file.py       the file that a training goes on from
+same_model.py            whether that is of this model
 
 What the options of this package say by themselves is checked by ``MoEConfig.check`` in config.py.
 """

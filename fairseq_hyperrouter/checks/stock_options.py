@@ -8,8 +8,9 @@ from fairseq_hyperrouter.config import parse_ints
 from fairseq_hyperrouter.errors import UserError, option_name
 from fairseq_hyperrouter.workers import number_of_workers
 
-from .checkpoints import check_same_model, repair, restored_checkpoint
+from .checkpoint_file import repair, restored_checkpoint
 from .distributed_options import check_workers
+from .same_model import check_same_model
 
 
 def check_model_options(args: Any, num_symbols: int) -> None:

@@ -19,7 +19,7 @@ from fairseq.models.transformer_lm import (
 from fairseq.utils import safe_getattr
 from omegaconf import open_dict
 
-from fairseq_hyperrouter.checks.checkpoints import check_readable, shape_difference, whole_tensors
+from fairseq_hyperrouter.checks.checkpoint_file import check_readable
 from fairseq_hyperrouter.checks.data_folder import check_folders
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers, check_expert_parallel
 from fairseq_hyperrouter.checks.moe_options import (
@@ -28,6 +28,7 @@ from fairseq_hyperrouter.checks.moe_options import (
     check_routing_parts,
     warn_of_untaught_routers,
 )
+from fairseq_hyperrouter.checks.same_model import shape_difference, whole_tensors
 from fairseq_hyperrouter.checks.stock_options import check_model_options, check_training
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.checks.checkpoints import check_same_model
+from fairseq_hyperrouter.checks.same_model import check_same_model
 from fairseq_hyperrouter.models.transformer_lm import HyperRouterLanguageModelConfig
 
 
