@@ -9,10 +9,10 @@ pictures.py      pictures of them
 evaluation.py    the loss of a checkpoint at any number of experts       observation, cost
 seen.py          what a layer made of tokens, kept for later
 layer_numbers.py the numbers of one MoE layer                           measures, seen
-validation.py    those that a training logs when it validates           observation, layer_numbers, seen
+validation.py    those that a training logs when it validates           observation, layer_numbers, seen, measures
 inspection.py    those of a checkpoint on a text                        evaluation, observation, layer_numbers, seen
 layer_table.py   that as a table
-page.py          that as an HTML page                                    inspection, layer_table
+page.py          that as an HTML page                                    inspection, layer_numbers, layer_table
 allocation.py    fairseq-hyperrouter allocate                            evaluation
 sweep.py         fairseq-hyperrouter sweep                               evaluation, table, pictures
 report.py        fairseq-hyperrouter report                              evaluation, inspection, page, ...

@@ -4,12 +4,11 @@ Dimensions: T tokens, D model, E experts, K experts per token.
 """
 
 import math
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.experts.similarity import centred_gram
 from fairseq_hyperrouter.moe_layer import MoELayer
 from fairseq_hyperrouter.routing import Limit, RoutingContext, metrics, totals
 
@@ -20,6 +19,9 @@ SAMPLE = 256
 """How many tokens, about, the experts are compared on."""
 JACOBIANS = 64
 """Of these, about, whose routing term is computed."""
+
+ROUNDING = 1e-15
+"""Of float64, relative."""
 
 
 def of_routing(seen: Seen) -> Dict[str, Any]:
@@ -45,35 +47,41 @@ def of_experts(layer: MoELayer, sample: Seen, top_k: int, limit: Optional[Limit]
     """What only the *layer* itself shows: how alike its experts are, and of what rank is what it sees and routes.
 
     Every expert computes every token of the *sample*. With experts that are divided over workers all of these call this
-    together, and the weights compared are those of the worker's own experts.
+    together.
     """
-    x, outputs = sample.x, layer.every_expert(sample.x)  # (T, D), (T, E, D)
-    similarity = measures.cosines(torch.stack([centred_gram(one) for one in outputs.transpose(0, 1).double()]))
-    cosine = measures.cosines(torch.cat([layer.experts.weight1.flatten(1), layer.experts.weight2.flatten(1)], dim=1))
-    terms = _routing_terms(layer, sample, outputs, top_k, limit)
+    x, outputs = sample.x.double(), layer.every_expert(sample.x).double()  # (T, D), (T, E, D)
+    similarity = measures.similarities(outputs.transpose(0, 1))
+    cosine = measures.cosines(layer.experts.weight_products())
+    terms, noise = _routing_terms(layer, sample, outputs, top_k, limit)
     return {
-        "output_similarity": similarity.tolist(),
+        "output_similarity": [[_number(one) for one in row] for row in similarity],
         "mean_output_similarity": _mean_of_others(similarity),
-        "weight_similarity": cosine.tolist(),
+        "weight_similarity": [[_number(one) for one in row] for row in cosine],
         "mean_weight_similarity": _mean_of_others(cosine),
-        "hidden_rank": measures.effective_rank(x - x.mean(0)).item(),
-        "jacobian_rank": measures.numerical_rank(terms).double().mean().item(),
-        "jacobian_span": measures.numerical_rank(terms.flatten(0, 1)).item(),
+        "hidden_rank": _number(measures.effective_rank(x - x.mean(0))),
+        "jacobian_rank": _number(measures.numerical_rank(terms, noise).mean()),
+        "jacobian_span": _number(measures.numerical_rank(terms.flatten(0, 1), noise.amax())),
         "width": x.size(1),
     }
 
 
-def _mean_of_others(similarity: Tensor) -> Any:
-    others = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    return similarity[others].mean().item() if len(similarity) > 1 else None
+def _mean_of_others(similarity: Tensor) -> Optional[float]:
+    return _number(similarity[~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)].nanmean())
 
 
-def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int, limit: Optional[Limit]) -> Tensor:
-    """measures.routing_jacobian at every n-th token.
+def _number(value: Tensor) -> Optional[float]:
+    return value.item() if value.isfinite() else None
 
-    In float64: the rounding of float32 gates is as large as the least singular values that count.
+
+def _routing_terms(
+    layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int, limit: Optional[Limit]
+) -> Tuple[Tensor, Tensor]:
+    """measures.routing_jacobian at every n-th token (T, N, D), and what of each is rounding (T,).
+
+    In float64: the rounding of float32 gates is as large as the least singular values that count. Where a router is so
+    sharp that 1 - gate is lost to rounding, the term is all rounding of the logits' part of it, and counts for nothing.
     """
-    some = slice(None, None, -(-len(outputs) // JACOBIANS))
+    some = slice(None, None, max(1, -(-len(outputs) // JACOBIANS)))
     state = None if seen.state is None else seen.state[some].double()
     context = RoutingContext(top_k, token_ids=seen.token_ids[some], state=state, limit=limit)
 
@@ -82,4 +90,7 @@ def _routing_terms(layer: MoELayer, seen: Seen, outputs: Tensor, top_k: int, lim
         kept = routing.gate if routing.kept is None else routing.gate * routing.kept
         return torch.zeros_like(routing.logits, dtype=kept.dtype).scatter(1, routing.expert_index, kept)
 
-    return measures.routing_jacobian(measures.gate_jacobian(gates, seen.x[some].double()), outputs[some])
+    x, outputs = seen.x[some].double(), outputs[some]
+    of_logits = measures.jacobians(lambda x: layer.router(x, context).logits, x)
+    noise = ROUNDING * outputs.norm(dim=(1, 2)) * of_logits.norm(dim=(1, 2))
+    return measures.routing_jacobian(measures.jacobians(gates, x), outputs), noise

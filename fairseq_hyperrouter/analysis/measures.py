@@ -3,10 +3,13 @@
 Dimensions: T tokens, D model, F hidden, E experts, K experts per token, V symbols.
 """
 
-from typing import Callable
+import math
+from typing import Callable, Union
 
 import torch
 from torch import Tensor
+
+from fairseq_hyperrouter.experts.similarity import centred_gram
 
 
 def changed(one: Tensor, other: Tensor) -> Tensor:
@@ -14,12 +17,24 @@ def changed(one: Tensor, other: Tensor) -> Tensor:
     return (one != other).any(-1).double().mean()
 
 
-def cosines(items: Tensor) -> Tensor:
-    """(E, E) cosine of the angle between every two of E tensors taken as vectors; 0 to one that is 0."""
-    rows = items.double().flatten(1)
-    products = rows @ rows.t()
-    norms = products.diagonal().sqrt().clamp(min=1e-300)
+def cosines(products: Tensor) -> Tensor:
+    """(E, E) cosine of the angle between every two vectors of the inner *products* (E, E); NaN to one that is 0."""
+    norms = products.diagonal().sqrt()
     return products / norms / norms[:, None]
+
+
+def similarities(outputs: Tensor) -> Tensor:
+    """(E, E) CKA of every two of (E, T, D) outputs, as ``experts/similarity.py`` has it.
+
+    NaN where it has no meaning: with less than four tokens, and to outputs that are the same for every token.
+    """
+    outputs = outputs.double()
+    if outputs.size(1) < 4:  # the U-centred matrix of three is 0
+        return outputs.new_full((len(outputs), len(outputs)), math.nan)
+    grams = torch.stack([centred_gram(one) for one in outputs]).flatten(1)
+    constant = grams.norm(dim=1) <= 1e-12 * outputs.square().sum((1, 2))  # all rounding
+    grams = grams.masked_fill(constant[:, None], 0.0)
+    return cosines(grams @ grams.t())
 
 
 def effective_rank(rows: Tensor) -> Tensor:
@@ -27,29 +42,35 @@ def effective_rank(rows: Tensor) -> Tensor:
 
     D for rows that fill all D dimensions evenly, 1 for multiples of one row.
     """
-    values = torch.linalg.svdvals(rows.double())
+    values = _singular_values(rows)
     share = values / values.sum().clamp(min=1e-300)
     return torch.special.entr(share).sum().exp()
 
 
-def numerical_rank(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """(...) how many singular values of (..., N, D) are above *tolerance* times the largest."""
-    values = torch.linalg.svdvals(rows.double())
-    return (values > tolerance * values[..., :1]).sum(-1)
+def numerical_rank(rows: Tensor, noise: Union[Tensor, float] = 0.0, tolerance: float = 1e-6) -> Tensor:
+    """(...) how many singular values of (..., N, D) are above *noise* (...) and *tolerance* times the largest.
 
-
-def gate_jacobian(gates: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(T, E, D) dg_i/dx at each of the (T, D) tokens *x*.
-
-    Args:
-        gates: (T, D) -> (T, E), for every token by itself; 0 for experts that are not chosen.
+    In float64, to have a NaN where an entry is not finite.
     """
+    values = _singular_values(rows)
+    count = ((values > tolerance * values[..., :1]) & (values > torch.as_tensor(noise)[..., None])).sum(-1)
+    return torch.where(values.isfinite().all(-1), count.double(), math.nan)
+
+
+def _singular_values(rows: Tensor) -> Tensor:
+    """In float64; NaN where an entry is not finite, which torch refuses."""
+    finite = rows.isfinite().all(-1).all(-1)
+    return torch.linalg.svdvals(rows.double().nan_to_num(0.0, 0.0, 0.0)).masked_fill(~finite[..., None], math.nan)
+
+
+def jacobians(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(T, E, D) of a *function* (T, D) -> (T, E) of every token by itself, at each of the tokens *x*."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        gate = gates(x)
-        if not gate.requires_grad:  # it does not depend on the token
-            return gate.new_zeros(*gate.shape, x.size(1))
-        of_one = [torch.autograd.grad(g, x, retain_graph=True, materialize_grads=True)[0] for g in gate.sum(0)]
+        y = function(x)
+        if not y.requires_grad:  # it does not depend on the token
+            return y.new_zeros(*y.shape, x.size(1))
+        of_one = [torch.autograd.grad(column, x, retain_graph=True, materialize_grads=True)[0] for column in y.sum(0)]
     return torch.stack(of_one, dim=1)
 
 

@@ -3,6 +3,8 @@
 from statistics import fmean, stdev
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
+import numpy as np
+
 LINES = (
     ("normalised_entropy", "router entropy / ln E"),
     ("load_cv", "load: standard deviation / mean"),
@@ -128,7 +130,7 @@ def _maps(maps: List[Any], titles: List[str], across: str, down: str, low: float
     for axis in axes.flat[len(maps) :]:
         axis.set_axis_off()
     for axis, one, title in zip(axes.flat, maps, titles):
-        image = axis.imshow(one, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        image = axis.imshow(np.array(one, dtype=float), vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axis.set_title(title, fontsize="small")
         axis.set_xlabel(across, fontsize="small")
         axis.set_ylabel(down, fontsize="small")

@@ -1,8 +1,7 @@
 """What ``--moe-log-layers`` adds to a validation: the report's numbers that no Routing tells, of every MoE layer."""
 
-import math
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -20,44 +19,50 @@ LOGGED = ("mean_output_similarity", "mean_weight_similarity", "hidden_rank", "ja
 
 
 class ValidationLog:
-    """Measure the layers in the first batch of every validation set, as the report measures them on a whole text.
+    """Measure the layers in one batch of every validation set, as the report measures them on a whole text.
 
-    With them is logged moe_changed_layer0: the share of the batch's tokens that have other experts than when this
+    That is the middle batch, as the first may hold the shortest samples; of its tokens SAMPLE are drawn, always the
+    same. Also logged is moe_changed_layer0: the share of the batch's tokens that have other experts than when this
     process validated last. Each worker measures its own batch, and those of the first are shown.
     """
 
     def __init__(self) -> None:
-        self._due, self._which = False, 0
+        self._left: Optional[int] = None
+        self._sets: Optional[int] = None
         self._chosen: Dict[Tuple[int, int], Tensor] = {}
 
     def begin(self) -> None:
-        """A validation begins, with its first set."""
-        self._due, self._which = True, 0
+        """A training begins to validate."""
+        self._sets = 0
 
-    def next_set(self) -> None:
-        """A set is done; there may be another."""
-        self._due, self._which = True, self._which + 1
+    def begin_set(self, num_batches: int) -> None:
+        """The batches that come are those of the next set."""
+        if self._sets is not None:
+            self._left, self._sets = num_batches // 2, self._sets + 1
 
     @contextmanager
     def measured(self, model: nn.Module) -> Iterator[None]:
-        """Measure and log inside the ``with`` block, where the *model* computes a batch, where still to be done."""
-        layers = moe_layers(model) if self._due else []
-        self._due = False
+        """Inside the ``with`` block the *model* computes a batch; measure and log when it is the middle one."""
+        due = self._left == 0
+        if self._left is not None:
+            self._left -= 1
+        layers = moe_layers(model) if due else []
 
         def measure(number: int, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> None:
             tokens = seen_tokens(torch.arange(len(routing.logits), device=x.device), x, arguments, routing)
-            sample = at(tokens, slice(None, None, max(1, len(tokens.number) // SAMPLE)))
+            drawn = torch.randperm(len(tokens.number), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+            sample = at(tokens, drawn.to(x.device))
             found = of_experts(layers[number], sample, arguments["top_k"], arguments["limit"])
             values = {name: found[name] for name in LOGGED}
             values["changed"] = self._changed(number, tokens.routing.chosen_mask())
             for name, value in values.items():
-                if value is not None and math.isfinite(value):
+                if value is not None:
                     metrics.log_scalar(f"moe_{name}_layer{number}", value, priority=700, round=3)
 
         with observed(layers, measure):
             yield
 
-    def _changed(self, layer: int, chosen: Tensor) -> Any:
-        before = self._chosen.get((self._which, layer))
-        self._chosen[self._which, layer] = chosen
+    def _changed(self, layer: int, chosen: Tensor) -> Optional[float]:
+        before = self._chosen.get((self._sets, layer))
+        self._chosen[self._sets, layer] = chosen
         return None if before is None or before.shape != chosen.shape else measures.changed(before, chosen).item()

@@ -16,8 +16,11 @@ from .activation import check_activation
 from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
 from .memory import in_huge_pages
-from .parallel import ExpertParallel, ScaleGradient, gather_experts, over_workers
+from .parallel import ExpertParallel, ScaleGradient, every_expert, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden, product_dtype
+
+PRODUCTS_AT_ONCE = 2**22
+"""Of weights, in float64: 32 MiB."""
 
 
 class ExpertBank(nn.Module):
@@ -133,6 +136,20 @@ class ExpertBank(nn.Module):
             return compute_ordered(self.backend, x, dispatch, gate, weights, hidden)
 
         return over_workers(x, order_by_expert(expert_index, self.num_experts, kept), gate, self.parallel, compute_here)
+
+    @torch.no_grad()
+    def weight_products(self) -> Tensor:
+        """(E, E), in float64: inner products of every two experts, both weight matrices of each taken as one vector.
+
+        Where experts are divided over workers all of a group call it together.
+        """
+        total = torch.zeros(self.num_experts, self.num_experts, dtype=torch.double, device=self.weight1.device)
+        for weight in (self.weight1, self.weight2):
+            for part in weight.flatten(1).split(max(1, PRODUCTS_AT_ONCE // self.num_experts), dim=1):
+                rows = part.double()
+                rows = rows if self.parallel is None else every_expert(rows, self.parallel)
+                total += rows @ rows.t()
+        return total
 
     def gather(self) -> None:
         """Collect all experts on the group's first worker, for the next state dict; all workers must call it."""

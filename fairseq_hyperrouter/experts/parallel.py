@@ -129,6 +129,13 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
+def every_expert(local: Tensor, parallel: ExpertParallel) -> Tensor:
+    """Of a tensor of this worker's experts (E / P, ...), that of all E. All workers of a group call it together."""
+    parts = [torch.empty_like(local) for _ in range(parallel.size)]
+    dist.all_gather(parts, local.contiguous(), group=parallel.group)
+    return torch.cat(parts)
+
+
 def gather_experts(local: Tensor, parallel: ExpertParallel) -> Any:
     """Of a tensor of this worker's experts (E / P, ...), that of all E, in main memory of the group's first worker.
 

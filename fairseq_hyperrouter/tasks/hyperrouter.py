@@ -71,6 +71,7 @@ class HyperRouterTask(LanguageModelingTask):
         self.update_load = UpdateLoad()
         self.validation_log = ValidationLog()
         self.update_freq: Sequence[int] = (1,)
+        self.max_valid_steps = math.inf
         self.builds_for_training = self.divides_experts = False
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
 
@@ -96,6 +97,8 @@ class HyperRouterTask(LanguageModelingTask):
         self.builds_for_training = cfg is not None and not from_checkpoint
         if self.builds_for_training:
             self.update_freq = tuple(cfg.optimization.update_freq)
+            if cfg.dataset.max_valid_steps is not None:
+                self.max_valid_steps = cfg.dataset.max_valid_steps + 1  # which is what fairseq does
             check_training(cfg, self.valid_top_k)
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
@@ -117,7 +120,9 @@ class HyperRouterTask(LanguageModelingTask):
         return False
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatches:
-        return EpochBatches.like(super().get_batch_iterator(*args, **kwargs), self.update_freq)
+        batches = EpochBatches.like(super().get_batch_iterator(*args, **kwargs), self.update_freq)
+        self.validation_log.begin_set(min(len(batches), self.max_valid_steps))
+        return batches
 
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Stock; but several workers of fairseq-eval-lm, which adds up nothing over them, each evaluate the whole set.
@@ -183,10 +188,6 @@ class HyperRouterTask(LanguageModelingTask):
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         super().begin_valid_epoch(epoch, model)
         self.validation_log.begin()
-
-    def post_validate(self, model: Any, stats: Dict[str, Any], agg: Any) -> None:
-        """fairseq-train calls this after each validation set."""
-        self.validation_log.next_set()
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more

@@ -136,13 +136,29 @@ def test_similarity_of_unrelated_and_equal_experts():
     torch.testing.assert_close(similarity, similarity.t())
 
 
-@pytest.mark.parametrize("router", ["smoe", "hyperrouter", "recurrent"])
-def test_rank_of_a_sharp_router(router):
-    """With two gates that add up to 1 the routing term is g1 g2 (FFN1 - FFN2) (w1 - w2)^T, of rank 1 at every token."""
+@pytest.mark.parametrize("sharper", [30, 1000, 30_000])
+@pytest.mark.parametrize("router", ["smoe", "hyperrouter", "recurrent", "cosine"])
+def test_rank_of_a_sharp_router(router, sharper):
+    """With two gates that add up to 1 the routing term is g1 g2 (FFN1 - FFN2) (w1 - w2)^T, of rank 1 at every token.
+
+    Of rank 0 at those where one gate is 1 to all digits.
+    """
     model, samples = tiny_model(moe_router=router).eval(), [tiny_sample((9, 5)), tiny_sample((7, 7), seed=1)]
     with torch.no_grad():
         for layer in model.decoder.layers:
             for tensor in layer.moe.router.parameters():
-                tensor.mul_(30)
+                tensor.mul_(sharper)
     for layer in inspect(evaluator(model, samples), 2).layers:
-        assert layer["jacobian_rank"] == 1
+        assert layer["jacobian_rank"] == 1 if sharper == 30 or router == "cosine" else layer["jacobian_rank"] <= 1
+
+
+def test_what_is_not_finite_has_no_numbers():
+    """Of one expert of the upper layer; the routing's numbers stay."""
+    model, samples = tiny_model(moe_router="smoe").eval(), [tiny_sample((9, 5))]
+    with torch.no_grad():
+        model.decoder.layers[1].moe.experts.bias2[3] = torch.inf
+        model.decoder.layers[1].moe.experts.weight1[3] = torch.nan
+    whole, lost = inspect(evaluator(model, samples), 2).layers
+    assert lost["jacobian_span"] is None and lost["output_similarity"][3] == [None] * 4
+    assert lost["output_similarity"][0][0] == pytest.approx(1)
+    assert None not in [lost["router_entropy"], whole["jacobian_span"], whole["hidden_rank"]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fairseq_hyperrouter.analysis import measures
+from fairseq_hyperrouter.experts.similarity import cka
 
 
 def test_changed():
@@ -15,10 +16,26 @@ def test_changed():
 
 
 def test_cosines():
+    """Of a vector of zeros there is none."""
     items = torch.tensor([[[1.0, 0], [0, 0]], [[1.0, 0], [1, 0]], [[0.0, 0], [0, -2]], [[0.0, 0], [0, 0]]])
-    half = 1 / math.sqrt(2)
-    expected = torch.tensor([[1, half, 0, 0], [half, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(measures.cosines(items), expected)
+    half, nan = 1 / math.sqrt(2), math.nan
+    expected = torch.tensor([[1, half, 0, nan], [half, 1, 0, nan], [0, 0, 1, nan], [nan] * 4], dtype=torch.float64)
+    rows = items.flatten(1).double()
+    torch.testing.assert_close(measures.cosines(rows @ rows.t()), expected, equal_nan=True)
+
+
+def test_similarities():
+    """Against the pair's own function; constant outputs have none, nor has a sample of three tokens."""
+    torch.manual_seed(0)
+    outputs = torch.randn(4, 9, 5)
+    outputs[2], outputs[3] = 3 * outputs[1] + 2, 0.7
+    found = measures.similarities(outputs)
+    for i in range(3):
+        for j in range(3):
+            assert found[i, j].item() == pytest.approx(cka(outputs[i].double(), outputs[j].double()).item())
+    assert found[1, 2].item() == pytest.approx(1)
+    assert found[3].isnan().all() and found[:, 3].isnan().all()
+    assert measures.similarities(outputs[:, :3]).isnan().all()
 
 
 def test_ranks():
@@ -30,6 +47,18 @@ def test_ranks():
     assert measures.numerical_rank(torch.ones(7, 5)) == 1
     assert measures.numerical_rank(torch.eye(5)) == 5
     assert measures.numerical_rank(torch.zeros(3, 3)) == 0
+    rows = torch.diag(torch.tensor([1.0, 1e-3])).repeat(2, 1, 1)
+    assert measures.numerical_rank(rows, noise=torch.tensor([1e-4, 1e-2])).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
+def test_ranks_of_what_is_not_finite(entry):
+    """None, where torch would raise; the other matrices of a batch have theirs."""
+    rows = torch.eye(3).repeat(2, 1, 1)
+    rows[1, 0, 2] = entry
+    assert measures.effective_rank(rows[1]).isnan()
+    found = measures.numerical_rank(rows)
+    assert found[0] == 3 and found[1].isnan()
 
 
 def test_routing_jacobian():
@@ -47,7 +76,7 @@ def test_routing_jacobian():
     def every_expert(x):
         return torch.einsum("eij,...j->...ei", experts, x).tanh()
 
-    found = measures.routing_jacobian(measures.gate_jacobian(gates, tokens), every_expert(tokens))
+    found = measures.routing_jacobian(measures.jacobians(gates, tokens), every_expert(tokens))
     assert found.shape == (T, E, D)
     jacobian, terms = torch.autograd.functional.jacobian, []
     for x, rotated in zip(tokens, found):
@@ -69,5 +98,5 @@ def test_routing_jacobian_with_more_experts_than_dimensions():
 
 
 def test_jacobian_of_gates_that_do_not_depend_on_the_token():
-    assert measures.gate_jacobian(lambda x: torch.ones(3, 2) + 0 * x.sum(), torch.ones(3, 5)).abs().sum() == 0
-    assert measures.gate_jacobian(lambda x: torch.ones(3, 2), torch.ones(3, 5)).abs().sum() == 0
+    assert measures.jacobians(lambda x: torch.ones(3, 2) + 0 * x.sum(), torch.ones(3, 5)).abs().sum() == 0
+    assert measures.jacobians(lambda x: torch.ones(3, 2), torch.ones(3, 5)).abs().sum() == 0

@@ -22,10 +22,11 @@ def validate(log, model, samples):
 
 @pytest.mark.parametrize("router", DECODER_ROUTERS)
 def test_is_what_the_report_says(router):
-    """Of the first batch only, whatever comes after it."""
+    """Of the middle batch only, whatever comes before or after it."""
     model, log = tiny_model(moe_router=router).eval(), ValidationLog()
     log.begin()
-    logged = validate(log, model, [SAMPLE, tiny_sample((16, 16), seed=3)])
+    log.begin_set(3)
+    logged = validate(log, model, [tiny_sample((3,)), SAMPLE, tiny_sample((16, 16), seed=3)])
     for number, layer in enumerate(inspect(evaluator(model, [SAMPLE]), model.decoder.eval_top_k[0]).layers):
         for name in LOGGED:
             assert logged[f"moe_{name}_layer{number}"] == pytest.approx(layer[name], abs=1e-3), name
@@ -33,11 +34,14 @@ def test_is_what_the_report_says(router):
 
 def test_once_per_set():
     model, log = tiny_model().eval(), ValidationLog()
+    log.begin_set(1)
     assert not validate(log, model, [SAMPLE])  # no validation of a training
     log.begin()
+    log.begin_set(1)
     assert validate(log, model, [SAMPLE])
     assert not validate(log, model, [SAMPLE])
-    log.next_set()
+    log.begin_set(2)
+    assert not validate(log, model, [SAMPLE])
     assert validate(log, model, [SAMPLE])
 
 
@@ -47,19 +51,22 @@ def test_changed():
     router = model.decoder.layers[0].moe.router
     router.logits = lambda x, context: torch.nn.functional.one_hot(torch.zeros(len(x)).long(), 4).float()
     log.begin()
+    log.begin_set(1)
     assert not any("changed" in name for name in validate(log, model, [sample]))
-    log.next_set()
+    log.begin_set(1)
     assert not any("changed" in name for name in validate(log, model, [sample]))
     router.logits = lambda x, context: torch.nn.functional.one_hot((torch.arange(len(x)) + 1) % 2, 4).float()
     log.begin()
+    log.begin_set(1)
     logged = validate(log, model, [sample])
     assert logged["moe_changed_layer0"] == 0.5
 
 
 def test_too_few_tokens_for_a_similarity():
-    """With two tokens there is none; the rest is logged."""
+    """With three tokens there is none; the rest is logged."""
     model, log = tiny_model().eval(), ValidationLog()
     log.begin()
-    logged = validate(log, model, [tiny_sample((2,))])
+    log.begin_set(1)
+    logged = validate(log, model, [tiny_sample((3,))])
     assert "moe_jacobian_rank_layer0" in logged
     assert "moe_mean_output_similarity_layer0" not in logged

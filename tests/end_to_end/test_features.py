@@ -278,6 +278,14 @@ def events(folder):
     return found
 
 
+def test_layers_of_a_training_that_diverges(data, tmp_path):
+    """It ends, and is saved, as without the option."""
+    options = ["--moe-log-layers", "--optimizer", "sgd", "--clip-norm", "0", "--lr", "1e8", "--max-update", 1]
+    logged = train(data, tmp_path, *options, validate=True).logged("valid")[-1]
+    assert "valid_moe_changed_layer0" not in logged and "valid_moe_hidden_rank_layer1" not in logged
+    assert (tmp_path / "checkpoint_last.pt").exists()
+
+
 def test_tensorboard_shows_every_layer(data, tmp_path):
     options = ["--moe-log-layers", "--tensorboard-logdir", tmp_path, "--max-update", 2]
     logged = train(data, None, *options, validate=True).logged("train_inner")
