@@ -4,7 +4,7 @@ Dimensions: T tokens, D model, E experts, K experts per token.
 """
 
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -54,9 +54,9 @@ def of_experts(layer: MoELayer, sample: Seen, top_k: int, limit: Optional[Limit]
     cosine = measures.cosines(layer.experts.weight_products())
     terms, noise = _routing_terms(layer, sample, outputs, top_k, limit)
     return {
-        "output_similarity": [[_number(one) for one in row] for row in similarity],
+        "output_similarity": _numbers(similarity),
         "mean_output_similarity": _mean_of_others(similarity),
-        "weight_similarity": [[_number(one) for one in row] for row in cosine],
+        "weight_similarity": _numbers(cosine),
         "mean_weight_similarity": _mean_of_others(cosine),
         "hidden_rank": _number(measures.effective_rank(x - x.mean(0))),
         "jacobian_rank": _number(measures.numerical_rank(terms, noise).mean()),
@@ -71,6 +71,10 @@ def _mean_of_others(similarity: Tensor) -> Optional[float]:
 
 def _number(value: Tensor) -> Optional[float]:
     return value.item() if value.isfinite() else None
+
+
+def _numbers(matrix: Tensor) -> List[List[Optional[float]]]:
+    return [[one if math.isfinite(one) else None for one in row] for row in matrix.tolist()]
 
 
 def _routing_terms(

@@ -16,7 +16,7 @@ from .activation import check_activation
 from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
 from .memory import in_huge_pages
-from .parallel import ExpertParallel, ScaleGradient, every_expert, gather_experts, over_workers
+from .parallel import ExpertParallel, ScaleGradient, all_gather_experts, gather_experts, over_workers
 from .weights import ExpertWeights, Hidden, product_dtype
 
 PRODUCTS_AT_ONCE = 2**22
@@ -147,7 +147,7 @@ class ExpertBank(nn.Module):
         for weight in (self.weight1, self.weight2):
             for part in weight.flatten(1).split(max(1, PRODUCTS_AT_ONCE // self.num_experts), dim=1):
                 rows = part.double()
-                rows = rows if self.parallel is None else every_expert(rows, self.parallel)
+                rows = rows if self.parallel is None else all_gather_experts(rows, self.parallel)
                 total += rows @ rows.t()
         return total
 

@@ -129,7 +129,7 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def every_expert(local: Tensor, parallel: ExpertParallel) -> Tensor:
+def all_gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
     """Of a tensor of this worker's experts (E / P, ...), that of all E. All workers of a group call it together."""
     parts = [torch.empty_like(local) for _ in range(parallel.size)]
     dist.all_gather(parts, local.contiguous(), group=parallel.group)
