@@ -1,7 +1,8 @@
 """What ``--moe-log-layers`` adds to a validation: the report's numbers that no Routing tells, of every MoE layer."""
 
+import math
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Sized, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -27,6 +28,7 @@ class ValidationLog:
     """
 
     def __init__(self) -> None:
+        self._coming: Optional[Tuple[Sized, float]] = None
         self._left: Optional[int] = None
         self._sets: Optional[int] = None
         self._chosen: Dict[Tuple[int, int], Tensor] = {}
@@ -35,14 +37,17 @@ class ValidationLog:
         """A training begins to validate."""
         self._sets = 0
 
-    def begin_set(self, num_batches: int) -> None:
-        """The batches that come are those of the next set."""
+    def begin_set(self, batches: Sized, at_most: float = math.inf) -> None:
+        """The *batches* that come, *at_most* so many, are those of the next set; counted only when needed."""
         if self._sets is not None:
-            self._left, self._sets = num_batches // 2, self._sets + 1
+            self._coming, self._sets = (batches, at_most), self._sets + 1
 
     @contextmanager
     def measured(self, model: nn.Module) -> Iterator[None]:
         """Inside the ``with`` block the *model* computes a batch; measure and log when it is the middle one."""
+        if self._coming is not None:
+            batches, at_most = self._coming
+            self._coming, self._left = None, int(min(len(batches), at_most)) // 2
         due = self._left == 0
         if self._left is not None:
             self._left -= 1

@@ -121,7 +121,7 @@ class HyperRouterTask(LanguageModelingTask):
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatches:
         batches = EpochBatches.like(super().get_batch_iterator(*args, **kwargs), self.update_freq)
-        self.validation_log.begin_set(min(len(batches), self.max_valid_steps))
+        self.validation_log.begin_set(batches, self.max_valid_steps)
         return batches
 
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ def test_is_what_the_report_says(router):
     """Of the middle batch only, whatever comes before or after it."""
     model, log = tiny_model(moe_router=router).eval(), ValidationLog()
     log.begin()
-    log.begin_set(3)
+    log.begin_set(range(3))
     logged = validate(log, model, [tiny_sample((3,)), SAMPLE, tiny_sample((16, 16), seed=3)])
     for number, layer in enumerate(inspect(evaluator(model, [SAMPLE]), model.decoder.eval_top_k[0]).layers):
         for name in LOGGED:
@@ -34,14 +34,16 @@ def test_is_what_the_report_says(router):
 
 def test_once_per_set():
     model, log = tiny_model().eval(), ValidationLog()
-    log.begin_set(1)
+    log.begin_set(range(1))
     assert not validate(log, model, [SAMPLE])  # no validation of a training
     log.begin()
-    log.begin_set(1)
+    log.begin_set(range(1))
     assert validate(log, model, [SAMPLE])
     assert not validate(log, model, [SAMPLE])
-    log.begin_set(2)
+    log.begin_set(range(2))
     assert not validate(log, model, [SAMPLE])
+    assert validate(log, model, [SAMPLE])
+    log.begin_set(range(9), at_most=1)
     assert validate(log, model, [SAMPLE])
 
 
@@ -51,13 +53,13 @@ def test_changed():
     router = model.decoder.layers[0].moe.router
     router.logits = lambda x, context: torch.nn.functional.one_hot(torch.zeros(len(x)).long(), 4).float()
     log.begin()
-    log.begin_set(1)
+    log.begin_set(range(1))
     assert not any("changed" in name for name in validate(log, model, [sample]))
-    log.begin_set(1)
+    log.begin_set(range(1))
     assert not any("changed" in name for name in validate(log, model, [sample]))
     router.logits = lambda x, context: torch.nn.functional.one_hot((torch.arange(len(x)) + 1) % 2, 4).float()
     log.begin()
-    log.begin_set(1)
+    log.begin_set(range(1))
     logged = validate(log, model, [sample])
     assert logged["moe_changed_layer0"] == 0.5
 
@@ -66,7 +68,7 @@ def test_too_few_tokens_for_a_similarity():
     """With three tokens there is none; the rest is logged."""
     model, log = tiny_model().eval(), ValidationLog()
     log.begin()
-    log.begin_set(1)
+    log.begin_set(range(1))
     logged = validate(log, model, [tiny_sample((3,))])
     assert "moe_jacobian_rank_layer0" in logged
     assert "moe_mean_output_similarity_layer0" not in logged
