@@ -11,7 +11,7 @@ LINES = (
     ("mean_output_similarity", "similarity of experts' outputs (CKA)"),
     ("mean_weight_similarity", "similarity of experts' weights (cosine)"),
     ("hidden_rank", "effective rank of the router's input"),
-    ("jacobian_span", "rank of the routing term of the Jacobian"),
+    ("jacobian_span", "rank of the Jacobian's routing terms, over tokens"),
 )
 
 
@@ -91,7 +91,7 @@ def _figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
 
 def by_layer(checkpoints: Sequence[Dict[str, Any]]) -> Any:
     """One small diagram per quantity: its value in every MoE layer, a line per checkpoint."""
-    figure, axes = _figure(2, 3, figsize=(12, 6.5))
+    figure, axes = _figure(2, 3, figsize=(12, 7), layout="constrained")
     for axis, (name, title) in zip(axes.flat, LINES):
         for checkpoint in checkpoints:
             layers = checkpoint["layers"]
@@ -100,8 +100,7 @@ def by_layer(checkpoints: Sequence[Dict[str, Any]]) -> Any:
         axis.set_xlabel("MoE layer")
         axis.set_xticks(range(max(len(checkpoint["layers"]) for checkpoint in checkpoints)))
         axis.grid(True, alpha=0.3)
-    axes.flat[0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
