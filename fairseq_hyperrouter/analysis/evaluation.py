@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.logging import progress_bar
@@ -60,7 +61,10 @@ class Evaluator:
         overrides = {"data": data}  # of the task alone: the model keeps the length that it was trained with
         if tokens_per_sample is not None:
             overrides["tokens_per_sample"] = tokens_per_sample
-        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"task": overrides})
+        try:
+            (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"task": overrides})
+        except AssertionError as error:  # how stock models say that a dictionary is not theirs
+            raise UserError(f"{path}: cannot be made with DATA {data}: {error}") from None
         if torch.cuda.is_available() and not cpu:
             model.cuda()
         model.prepare_for_inference_(cfg)
@@ -74,7 +78,7 @@ class Evaluator:
         self.path, self.label = path, label or path.stem
         self.model, self.task, self.split = model, task, split
         self.context, self.context_window, self.batch_size = context, context_window, batch_size
-        self.every = 1 if tokens is None else max(1, round(sum(task.dataset(split).sizes) / tokens))
+        self.every = 1 if tokens is None else every_nth(task.dataset(split).sizes, tokens)
         self.has_experts = hasattr(model, "at_top_k")
         self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.layers = moe_layers(model)
@@ -191,6 +195,12 @@ def evaluators(paths: Sequence[Path], data: str, **options: Any) -> Iterator[Eva
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file"))
+
+
+def every_nth(sizes: np.ndarray, tokens: int) -> int:
+    """Which of the batches to take of a split with samples of these *sizes* for about so many *tokens*."""
+    in_split = int(np.sum(sizes, dtype=np.int64))  # fairseq's are of a type that 65,536 overflows
+    return max(1, round(in_split / tokens))
 
 
 def labels(paths: Sequence[Path]) -> List[str]:

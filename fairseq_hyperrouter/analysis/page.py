@@ -52,7 +52,9 @@ def page(content: Dict[str, Any], images: Dict[str, bytes]) -> str:
     meanings = "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(m)}</li>" for _, t, m in NUMBERS if m)
     tokens = (
         f"Of routing: over at most {TOKENS:,} tokens, evenly from the whole text. Similarity of outputs and rank of "
-        f"inputs: over about {SAMPLE} of these; J's routing term: at about {JACOBIANS}. Layers: the MoE layers, from 0."
+        f"inputs: over about {SAMPLE} of these; J's routing term: at about {JACOBIANS}. Layers: from 0. "
+        "Tokens are written as the dictionary has them. The logits of the router hash are constants: entropy, p1 / p2, "
+        "mass and margin say nothing of it."
     )
     end = f"<h2>What the numbers mean</h2><p>{tokens}</p><ul>{meanings}</ul></body></html>"
     return "\n".join([*parts, end])

@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     options = {**begin(args), "label": labels([args.checkpoint])[0]}
     evaluator = Evaluator(args.checkpoint, args.data, tokens=args.tokens, **options)
     choices = evaluator.top_ks("--choices", integers("--choices", args.choices))
-    found = allocate(evaluator, choices, None if args.budget is None else args.budget * 1e6)
     test = Evaluator(args.checkpoint, args.data, **{**options, "split": args.test})
+    found = allocate(evaluator, choices, None if args.budget is None else args.budget * 1e6)
     fixed = [test.at(k) for k in choices]
     same = {(row["top_k"],) * len(test.layers): row for row in fixed}
     lists = [row["top_k"] for row in found]

@@ -36,8 +36,8 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
         default=None,
         metadata={
             "help": "teach the model at the schedule's experts per token with what it says at the most that it has, "
-            "computed in the same update: the weight of the teacher's words beside the text's, 0 (off) to 1 "
-            "(default: 1 with an elastic schedule, else 0; not with relu)"
+            "which the text teaches in the same update: the weight of the teacher's words beside the text's, 0 (off, "
+            "and no second pass) to 1 (default: 1 with an elastic schedule, else 0; not with relu)"
         },
     )
 

@@ -30,7 +30,8 @@ import yaml
 from fairseq_hyperrouter.errors import UserError
 
 METRICS = ("perplexity", "bits_per_character", "bits_per_token")
-CHECKPOINTS = ("last", "best")
+_SAVES_NO = {"last": "no-last-checkpoints", "best": "disable-validation"}
+CHECKPOINTS = tuple(_SAVES_NO)
 _FILE = {"title", "based_on", "metric", "at", "logged", "options", "runs", "settings", "evaluation", "checkpoint"}
 _SETTING = {"data", "seeds", "options", "evaluation", "metric"}
 _GIVEN = {"save-dir", "seed", "user-dir", "log-format", "log-file"}
@@ -100,7 +101,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         raise UserError(f"{path}: logged {logged}: must be a list of names, as in [train_wps]")
     shared = {**_options(path, "options", content), **_options(path, f"settings: {setting}", chosen)}
     top_k = _numbers(path, "at", content.get("at", [1, 2, 4, 8, 16]), least=1)
-    seeds = _numbers(path, "seeds", chosen.get("seeds", [1])) if seeds is None else tuple(seeds)
+    seeds = _numbers(path, "seeds", chosen.get("seeds", [1])) if seeds is None else _numbers(path, "--seeds", [*seeds])
     runs: List[Run] = []
     for name, own in _some(path, "runs", content["runs"]).items():
         own = dict(_mapping(path, f"runs: {name}", own or {}))
@@ -112,9 +113,9 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         experts = options.get("moe-expert-count")
         if isinstance(experts, int) and max(at) > experts:
             raise UserError(f"{path}: runs: {name}: at {max(at)}: must be at most moe-expert-count ({experts})")
-        never = {"best": "disable-validation", "last": "no-last-checkpoints"}[checkpoint]
-        if options.get(never):
-            raise UserError(f"{path}: runs: {name}: {never}: saves no checkpoint_{checkpoint}.pt, which is evaluated")
+        for never in ("no-save", _SAVES_NO[checkpoint]):
+            if options.get(never):
+                raise UserError(f"{path}: runs: {name}: {never}: saves no checkpoint_{checkpoint}.pt to evaluate")
         runs += [Run(str(name), row, seed, at, as_arguments(options), updates) for seed in seeds]
     folders = [run.folder for run in runs]
     for run in runs:
@@ -158,9 +159,20 @@ def read_content(path: Path) -> Dict[str, Any]:
     return _merged(base, content)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's, which takes the last of two values of one name without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _load(path: Path) -> Dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"FILE {path}: {error.strerror.lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -194,12 +206,17 @@ def _options(path: Path, place: str, part: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _checked(path: Path, place: str, options: Any) -> Mapping[str, Any]:
-    for name, value in _mapping(path, place, options).items():
+    checked: Dict[str, Any] = {}
+    for written, value in _mapping(path, place, options).items():
+        name = str(written).replace("_", "-")
         if name in _GIVEN:
-            raise UserError(f"{path}: {place}: {name}: is the runner's to give, leave it out")
+            raise UserError(f"{path}: {place}: {written}: is the runner's to give, leave it out")
+        if name in checked:
+            raise UserError(f"{path}: {place}: {written}: is there twice")
         if isinstance(value, (dict, list)):
-            raise UserError(f"{path}: {place}: {name}: must be one value, as in the command line")
-    return {str(name).replace("_", "-"): value for name, value in options.items()}
+            raise UserError(f"{path}: {place}: {written}: must be one value, as in the command line")
+        checked[name] = value
+    return checked
 
 
 def _mapping(path: Path, place: str, value: Any) -> Dict[str, Any]:
@@ -218,6 +235,8 @@ def _some(path: Path, place: str, value: Any) -> Dict[str, Any]:
 def _numbers(path: Path, place: str, value: Any, least: int = 0) -> Tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(item) is int and item >= least for item in value):
         raise UserError(f"{path}: {place} {value}: must be a list of whole numbers from {least} on, as in [1, 2]")
+    if len(set(value)) < len(value):
+        raise UserError(f"{path}: {place} {value}: names a number twice")
     return tuple(value)
 
 

@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_hyperrouter.analysis.pictures import metric_curves
@@ -34,7 +35,7 @@ def read_results(folders: Sequence[RunFolder]) -> List[Result]:
 
 
 def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
-    """Write results.json, .md and .png into *folder* and return their paths."""
+    """Write results.json, .md and .png into *folder*, each whole even when two runners do; return their paths."""
     if not results:
         return []
     content = {
@@ -55,11 +56,16 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
             for result in results
         ],
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "results.md").write_text(markdown(experiment, results, command) + "\n")
     figure = metric_curves(collected(experiment, results), experiment.metric.replace("_", " "), experiment.title)
-    figure.savefig(folder / "results.png", dpi=120)
-    return [folder / f"results.{kind}" for kind in ("json", "md", "png")]
+    paths = [folder / f"results.{kind}" for kind in ("json", "md", "png")]
+    with TemporaryDirectory(prefix="results.", dir=folder) as unfinished:
+        numbers, table, picture = new = [Path(unfinished, path.name) for path in paths]
+        numbers.write_text(json.dumps(content, indent=1) + "\n")
+        table.write_text(markdown(experiment, results, command) + "\n")
+        figure.savefig(picture, dpi=120)
+        for one, path in zip(new, paths):
+            one.replace(path)
+    return paths
 
 
 def markdown(experiment: Experiment, results: Sequence[Result], command: str) -> str:

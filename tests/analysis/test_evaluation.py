@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.analysis import evaluation
-from fairseq_hyperrouter.analysis.evaluation import labels
+from fairseq_hyperrouter.analysis.evaluation import every_nth, labels
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,9 @@ def test_a_missing_checkpoint_is_noticed_before_any_is_loaded(tmp_path, monkeypa
     assert not loaded
     list(evaluation.evaluators([there, there], "data"))
     assert loaded == [there, there]
+
+
+@pytest.mark.parametrize("samples, every", [(100, 1), (600, 2), (2_000, 7)])
+def test_about_so_many_tokens(samples, every):
+    """Also of a split with more tokens than its sizes' type can count."""
+    assert every_nth(np.full(samples, 100, dtype=np.uint16), 30_000) == every

@@ -18,6 +18,8 @@ MISTAKES = [
     ("--lr fast", "a place: --lr: invalid value: 'fast'"),
     ("--arch transfomer_lm", "a place: --arch/-a: invalid choice: 'transfomer_lm'"),
     ("--optimizer adam --moe-top-k", "a place: --moe-top-k: expected one argument"),
+    ("--moe-top-k 17", r"a place: --moe-top-k 17: must be an integer between 1 and the number of experts \(16\)"),
+    ("--criterion moe_cross_entropy --moe-distill-wt 2", "a place: --moe-distill-wt 2.0: must be between 0 and 1"),
 ]
 
 

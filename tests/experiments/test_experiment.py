@@ -104,7 +104,11 @@ def test_as_arguments():
         ({"logged": "train_wps"}, r"logged train_wps: must be a list of names"),
         ({"logged": [3]}, r"logged \[3\]: must be a list of names"),
         ({"options": {"seed": 3}}, r"options: seed: is the runner's to give"),
+        ({"options": {"log_format": "simple"}}, r"options: log_format: is the runner's to give"),
         ({"options": {"lr": [1]}}, r"options: lr: must be one value"),
+        ({"options": {"max-update": 1, "max_update": 2}}, r"options: max_update: is there twice"),
+        ({"options": {"max-update": 1, "no-save": True}}, r"runs: SMoE: no-save: saves no checkpoint_last.pt"),
+        ({"at": [1, 1]}, r"at \[1, 1\]: names a number twice"),
         ({"options": {}, "settings": {"a": {}}}, r"runs: SMoE: max-update None: must be a number of updates"),
         ({"runs": {"a b": {}, "A-B": {}}}, r"runs: a b: another run would have the same folder, a-b-seed1"),
         ({"evaluation": {"top-p": 0.5}}, r"evaluation: top-p: no such entry, choose from batch-size, context-window, "),
@@ -118,6 +122,11 @@ def test_mistakes(tmp_path, changes, message):
         read_experiment(written(tmp_path, **changes))
 
 
+def test_mistakes_in_seeds(tmp_path):
+    with pytest.raises(UserError, match=r"some.yaml: --seeds \[-1\]: must be a list of whole numbers from 0 on"):
+        read_experiment(written(tmp_path), seeds=[-1])
+
+
 def test_mistakes_about_the_file(tmp_path):
     with pytest.raises(UserError, match=r"--setting huge: .*some.yaml has small, large"):
         read_experiment(written(tmp_path), "huge")
@@ -126,6 +135,9 @@ def test_mistakes_about_the_file(tmp_path):
     path = written(tmp_path)
     path.write_text("a: [")
     with pytest.raises(UserError, match=r"some.yaml: is no YAML: while parsing"):
+        read_experiment(path)
+    path.write_text("title: x\ntitle: y")
+    with pytest.raises(UserError, match=r"some.yaml: is no YAML: title is there twice"):
         read_experiment(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"some.yaml: must be names with values"):
