@@ -15,6 +15,8 @@ from fairseq_hyperrouter.routing import Limit, RoutingContext, metrics, totals
 from . import measures
 from .seen import Seen
 
+LOOK_AT = 2
+"""Experts per token, where nobody says another number."""
 SAMPLE = 256
 """How many tokens, about, the experts are compared on."""
 JACOBIANS = 64

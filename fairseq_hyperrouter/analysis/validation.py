@@ -1,8 +1,7 @@
 """What ``--moe-log-layers`` adds to a validation: the report's numbers that no Routing tells, of every MoE layer."""
 
 import math
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Sized, Tuple
+from typing import Any, Dict, Optional, Sized, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -12,7 +11,7 @@ from fairseq_hyperrouter.moe_layer import moe_layers
 from fairseq_hyperrouter.routing import Routing
 
 from . import measures
-from .layer_numbers import SAMPLE, of_experts
+from .layer_numbers import LOOK_AT, SAMPLE, of_experts
 from .observation import observed
 from .seen import at, seen_tokens
 
@@ -23,8 +22,9 @@ class ValidationLog:
     """Measure the layers in one batch of every validation set, as the report measures them on a whole text.
 
     That is the middle batch, as the first may hold the shortest samples; of its tokens SAMPLE are drawn, always the
-    same. Also logged is moe_changed_layer0: the share of the batch's tokens that have other experts than when this
-    process validated last. Each worker measures its own batch, and those of the first are shown.
+    same, and have LOOK_AT experts, as in a report: with all experts, which a growing k validates with, nothing would
+    ever change. Also logged is moe_changed_layer0: the share of the batch's tokens that have other experts than when
+    this process validated last. Each worker measures its own batch, and those of the first are shown.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class ValidationLog:
         if self._sets is not None:
             self._coming, self._sets = (batches, at_most), self._sets + 1
 
-    @contextmanager
-    def measured(self, model: nn.Module) -> Iterator[None]:
-        """Inside the ``with`` block the *model* computes a batch; measure and log when it is the middle one."""
+    @torch.no_grad()
+    def look(self, model: nn.Module, sample: Dict[str, Any]) -> None:
+        """The *model* has validated a batch; compute it once more to measure and log, when it is the middle one."""
         if self._coming is not None:
             batches, at_most = self._coming
             self._coming, self._left = None, int(min(len(batches), at_most)) // 2
@@ -52,6 +52,8 @@ class ValidationLog:
         if self._left is not None:
             self._left -= 1
         layers = moe_layers(model) if due else []
+        if not layers:
+            return
 
         def measure(number: int, x: Tensor, arguments: Dict[str, Any], routing: Routing) -> None:
             tokens = seen_tokens(torch.arange(len(routing.logits), device=x.device), x, arguments, routing)
@@ -64,8 +66,8 @@ class ValidationLog:
                 if value is not None:
                     metrics.log_scalar(f"moe_{name}_layer{number}", value, priority=700, round=3)
 
-        with observed(layers, measure):
-            yield
+        with model.at_top_k(min(LOOK_AT, layers[0].router.num_experts)), observed(layers, measure):
+            model(**sample["net_input"])
 
     def _changed(self, layer: int, chosen: Tensor) -> Optional[float]:
         before = self._chosen.get((self._sets, layer))

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -193,8 +192,9 @@ class HyperRouterTask(LanguageModelingTask):
         if not sample:  # fairseq-validate, where another worker has one batch more
             return 0, 0, {"ntokens": 0, "nsentences": 0, "sample_size": 0}
         with gives_up_without_memory(self.divides_experts):
-            with self.validation_log.measured(model) if getattr(criterion, "logs_layers", False) else nullcontext():
-                loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+            if getattr(criterion, "logs_layers", False):
+                self.validation_log.look(model, sample)
             for top_k in self.valid_top_k:
                 with model.at_top_k(top_k):
                     _, _, output = super().valid_step(sample, model, criterion)

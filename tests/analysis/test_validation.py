@@ -5,6 +5,7 @@ import torch
 from fairseq.logging import metrics
 
 from fairseq_hyperrouter.analysis.inspection import inspect
+from fairseq_hyperrouter.analysis.layer_numbers import LOOK_AT
 from fairseq_hyperrouter.analysis.validation import LOGGED, ValidationLog
 from tests.analysis.test_inspection import evaluator
 from tests.tiny import DECODER_ROUTERS, tiny_model, tiny_sample
@@ -13,21 +14,20 @@ SAMPLE = tiny_sample((9, 5, 7))
 
 
 def validate(log, model, samples):
-    with metrics.aggregate(new_root=True) as aggregator, torch.no_grad():
+    with metrics.aggregate(new_root=True) as aggregator:
         for sample in samples:
-            with log.measured(model):
-                model(**sample["net_input"])
+            log.look(model, sample)
     return aggregator.get_smoothed_values()
 
 
 @pytest.mark.parametrize("router", DECODER_ROUTERS)
 def test_is_what_the_report_says(router):
-    """Of the middle batch only, whatever comes before or after it."""
+    """Of the middle batch only, whatever comes before or after it, and at the k of a report."""
     model, log = tiny_model(moe_router=router).eval(), ValidationLog()
     log.begin()
     log.begin_set(range(3))
     logged = validate(log, model, [tiny_sample((3,)), SAMPLE, tiny_sample((16, 16), seed=3)])
-    for number, layer in enumerate(inspect(evaluator(model, [SAMPLE]), model.decoder.eval_top_k[0]).layers):
+    for number, layer in enumerate(inspect(evaluator(model, [SAMPLE]), LOOK_AT).layers):
         for name in LOGGED:
             assert logged[f"moe_{name}_layer{number}"] == pytest.approx(layer[name], abs=1e-3), name
 
@@ -48,16 +48,19 @@ def test_once_per_set():
 
 
 def test_changed():
-    """Of 8 tokens that all go to expert 0 a new router sends half elsewhere; those of other sets do not count."""
-    model, log, sample = tiny_model(moe_router="smoe", moe_top_k=1).eval(), ValidationLog(), tiny_sample((8,))
-    router = model.decoder.layers[0].moe.router
-    router.logits = lambda x, context: torch.nn.functional.one_hot(torch.zeros(len(x)).long(), 4).float()
+    """Of 8 tokens that all go to experts 0 and 1 a new router sends half to 2 and 3; other sets' do not count.
+
+    The model itself validates with all 4 experts, where nothing can change.
+    """
+    model, log, sample = tiny_model(moe_router="smoe", moe_top_k=4).eval(), ValidationLog(), tiny_sample((8,))
+    router, low, high = model.decoder.layers[0].moe.router, torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1.0, 1])
+    router.logits = lambda x, context: low.repeat(len(x), 1)
     log.begin()
     log.begin_set(range(1))
     assert not any("changed" in name for name in validate(log, model, [sample]))
     log.begin_set(range(1))
     assert not any("changed" in name for name in validate(log, model, [sample]))
-    router.logits = lambda x, context: torch.nn.functional.one_hot((torch.arange(len(x)) + 1) % 2, 4).float()
+    router.logits = lambda x, context: torch.stack((low, high)).repeat(len(x) // 2, 1)
     log.begin()
     log.begin_set(range(1))
     logged = validate(log, model, [sample])
