@@ -112,6 +112,8 @@ def test_as_arguments():
         ({"options": {}, "settings": {"a": {}}}, r"runs: SMoE: max-update None: must be a number of updates"),
         ({"runs": {"a b": {}, "A-B": {}}}, r"runs: a b: another run would have the same folder, a-b-seed1"),
         ({"evaluation": {"top-p": 0.5}}, r"evaluation: top-p: no such entry, choose from batch-size, context-window, "),
+        ({"evaluation": {"tokens-per-sample": 6400}}, r"evaluation: tokens-per-sample 6400: the models take at most "),
+        ({"evaluation": {"context-window": 2000}}, r"evaluation: context-window 2000: must be below the tokens per "),
         ({"evaluation": [3]}, r"evaluation: must be names with values"),
         ({"settings": {"a": {"sedes": [1]}}}, r"settings: a: sedes: no such entry, choose from data"),
     ],
