@@ -85,12 +85,12 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     runs = {
         "dense": {**stock, "arch": "transformer_lm", "max-update": 3},
         "smoe": {"moe-router": "smoe", "max-update": 3},
-        "bad": {"moe-router": "best", "max-update": 3},
+        "bad": {"adaptive-softmax-cutoff": 99999, "max-update": 3},  # which takes the data to be found wrong
     }
     out = tmp_path / "out"
     result = experiment(file(runs), data, out, "--jobs", "2")
     assert result.code == 1 and "Traceback" not in result.log
-    assert "bad, seed 1: fairseq-train: error: --moe-router 'best': choose from" in result.err
+    assert "bad, seed 1: fairseq-train: error: --adaptive-softmax-cutoff 99999: must be growing numbers" in result.err
     found = perplexities(out)
     assert set(found) == {"dense", "smoe"} and len(found["smoe"]) == 2
     for run in json.loads((out / "results.json").read_text())["runs"]:
@@ -110,7 +110,10 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     assert misspelt.last_line.endswith(
         "tiny.yaml: runs: smoe: --lr-schedular: fairseq-train has no such option, --lr-scheduler?"
     )
-    del runs["smoe"]["lr-schedular"]
+    runs["smoe"] = {"moe-router": "best", "max-update": 3}
+    unknown = experiment(file(runs), data, out)
+    assert unknown.code == 1 and "tiny.yaml: runs: smoe: --moe-router 'best': choose from" in unknown.last_line
+    runs["smoe"] = {"moe-router": "smoe", "max-update": 3}
     nowhere = experiment(file(runs, evaluation={"split": "tset"}), data, out)
     assert nowhere.code == 1 and nowhere.last_line.endswith("tset.idx; fairseq-preprocess makes it")
     runs["smoe"]["lr"] = 0.5
