@@ -1,7 +1,9 @@
 """Start several workers of one fairseq command on the CPUs of this machine; stock fairseq starts none there."""
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -116,10 +118,17 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that nobody listens on.
+
+    Drawn below those that Linux gives away by itself: seconds pass until the first worker listens on it, in which
+    another launch or a connection would get the next of those.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        while True:
+            port = random.SystemRandom().randrange(20_000, 32_768)
+            with contextlib.suppress(OSError):  # taken
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def _first_failure(processes: Sequence[subprocess.Popen]) -> Optional[int]:
