@@ -125,7 +125,7 @@ def free_port() -> int:
     """
     with socket.socket() as probe:
         while True:
-            port = random.SystemRandom().randrange(20_000, 32_768)
+            port = random.SystemRandom().randrange(20_000, 32_768)  # whatever seed another launch has too
             with contextlib.suppress(OSError):  # taken
                 probe.bind(("127.0.0.1", port))
                 return port

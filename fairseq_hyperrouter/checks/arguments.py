@@ -8,17 +8,20 @@ from typing import Sequence
 
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import DictConfig
 
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_hyperrouter.errors import UserError
 
 
-def check_arguments(place: str, arguments: Sequence[str]) -> None:
-    """Raise a UserError (a ValueError), which begins with *place*, for an option or value that would be refused.
+def check_arguments(place: str, arguments: Sequence[str]) -> DictConfig:
+    """The config that they make.
 
-    By its parser, or by the checks of the model's and the criterion's own options. What these say together with the
-    data and the rest of a training, fairseq-train checks when it starts.
+    Raises:
+        UserError (a ValueError): it begins with *place*; for what the parser would refuse, or the checks of the model's
+        and the criterion's own options. What these say together with the data and the rest of a training,
+        fairseq-train checks when it starts.
     """
     said, parser = io.StringIO(), options.get_training_parser()
     try:
@@ -41,3 +44,4 @@ def check_arguments(place: str, arguments: Sequence[str]) -> None:
             MoECrossEntropyConfig.from_namespace(cfg.criterion).check()
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
+    return cfg

@@ -6,10 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from fairseq_hyperrouter.checks.arguments import check_arguments
 from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.experiments import read_experiment, run_experiment
+from fairseq_hyperrouter.experiments import check_run, read_experiment, run_experiment
 
 from .evaluating import DATA, integers, show
 
@@ -36,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     check_folders(data)
     if not any("--dataset-impl" in run.options for run in experiment.runs):
         check_split(os.path.join(data.partition(os.pathsep)[0], experiment.split))
-    for name, arguments in {run.name: run.options for run in experiment.runs}.items():
-        check_arguments(f"{args.file}: runs: {name}", [data, *arguments])
+    for name, run in {run.name: run for run in experiment.runs}.items():  # of its seeds one
+        check_run(f"{args.file}: runs: {name}", run, experiment, data)
     out = args.out or Path("runs", args.file.stem, experiment.setting)
     command = shlex.join(["fairseq-hyperrouter", *sys.argv[1:]])
     failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command)

@@ -1,6 +1,7 @@
-"""Many trainings and their evaluation from one small file; knows fairseq's commands, nothing of models.
+"""Many trainings and their evaluation from one small file; knows fairseq's commands and configs, nothing of models.
 
 experiment.py   what a file says
+check.py        whether a run of it can be trained and evaluated
 run_folder.py   what is done of a run
 provenance.py   what trained it
 results.py      what the runs came to
@@ -9,7 +10,8 @@ progress.py     the bar
 runner.py       all of it
 """
 
+from .check import check_run
 from .experiment import Experiment, Run, read_experiment
 from .runner import run_experiment
 
-__all__ = ["Experiment", "Run", "read_experiment", "run_experiment"]
+__all__ = ["Experiment", "Run", "check_run", "read_experiment", "run_experiment"]

@@ -29,7 +29,6 @@ import yaml
 
 from fairseq_hyperrouter.errors import UserError
 
-FAIRSEQS_TOKENS_PER_SAMPLE = 1024
 METRICS = ("perplexity", "bits_per_character", "bits_per_token")
 _SAVES_NO = {"last": "no-last-checkpoints", "best": "disable-validation"}
 CHECKPOINTS = tuple(_SAVES_NO)
@@ -109,8 +108,7 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
         own = dict(_mapping(path, f"runs: {name}", own or {}))
         row, at = str(own.pop("row", name)), _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)), least=1)
         options = {**shared, **_checked(path, f"runs: {name}", own)}
-        _check_run(path, str(name), at, options, checkpoint)
-        _check_lengths(path, evaluation, options)
+        _check_training(path, str(name), options, checkpoint)
         runs += [Run(str(name), row, seed, at, as_arguments(options), options["max-update"]) for seed in seeds]
     folders = [run.folder for run in runs]
     for run in runs:
@@ -232,29 +230,14 @@ def _evaluation(path: Path, parts: Mapping[str, Mapping[str, Any]]) -> Dict[str,
     return evaluation
 
 
-def _check_run(path: Path, name: str, at: Sequence[int], options: Mapping[str, Any], checkpoint: str) -> None:
-    """That it ends, can be evaluated where it is, and saves what is evaluated."""
-    updates, experts = options.get("max-update"), options.get("moe-expert-count")
+def _check_training(path: Path, name: str, options: Mapping[str, Any], checkpoint: str) -> None:
+    """That it ends, and saves what is evaluated."""
+    updates = options.get("max-update")
     if not isinstance(updates, int) or updates < 1:
         raise UserError(f"{path}: runs: {name}: max-update {updates}: must be a number of updates")
-    if isinstance(experts, int) and max(at) > experts:
-        raise UserError(f"{path}: runs: {name}: at {max(at)}: must be at most moe-expert-count ({experts})")
     for never in ("no-save", _SAVES_NO[checkpoint]):
         if options.get(never):
             raise UserError(f"{path}: runs: {name}: {never}: saves no checkpoint_{checkpoint}.pt to evaluate")
-
-
-def _check_lengths(path: Path, evaluation: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """That samples are not longer than the model of these *options* takes, nor their context than they."""
-    trained = options.get("tokens-per-sample", FAIRSEQS_TOKENS_PER_SAMPLE)
-    longest = options.get("max-target-positions") or trained
-    length, context = evaluation.get("tokens-per-sample") or trained, evaluation.get("context-window") or 0
-    if not all(isinstance(value, int) for value in (longest, length)):
-        return  # fairseq-train refuses it
-    if length > longest:
-        raise UserError(f"{path}: evaluation: tokens-per-sample {length}: the models take at most {longest}")
-    if context >= length:
-        raise UserError(f"{path}: evaluation: context-window {context}: must be below the tokens per sample ({length})")
 
 
 def _numbers(path: Path, place: str, value: Any, least: int = 0) -> Tuple[int, ...]:

@@ -1,16 +1,9 @@
 """Arguments of fairseq-train, looked at without starting it."""
 
-from pathlib import Path
-
 import pytest
 
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.checks.arguments import check_arguments
-from fairseq_hyperrouter.experiments import read_experiment
-from fairseq_hyperrouter.experiments.experiment import read_content
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(path for path in EXAMPLES.glob("*/*.yaml") if "runs" in path.read_text())
 
 MISTAKES = [
     ("--lr-schedular cosine", r"a place: --lr-schedular: fairseq-train has no such option, --lr-scheduler\?"),
@@ -29,10 +22,3 @@ def test_mistakes(capsys, arguments, message):
     with pytest.raises(UserError, match=message):
         check_arguments("a place", given)
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_run_of_the_examples(path):
-    for setting in read_content(path)["settings"]:
-        for run in read_experiment(path, setting, [1]).runs:
-            check_arguments(run.name, ["data", *run.options])
