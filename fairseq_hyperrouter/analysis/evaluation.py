@@ -24,6 +24,8 @@ from .cost import model_cost
 from .observation import observed
 
 Row = Dict[str, Any]
+LIMITS = ("top_p", "threshold")
+"""What can give a token fewer than k experts where its router is sure."""
 
 
 class Evaluator:
@@ -110,15 +112,15 @@ class Evaluator:
         )
         return progress_bar.progress_bar(batches, log_format="tqdm", prefix=prefix) if prefix else batches
 
-    def at(self, top_k: Optional[TopK] = None, top_p: Optional[float] = None, show: bool = True) -> Row:
-        """Loss, speed and cost with *top_k* experts per token, or as many per MoE layer, and of these *top_p*.
+    def at(self, top_k: Optional[TopK] = None, show: bool = True, **limit: float) -> Row:
+        """Loss, speed and cost with *top_k* experts per token, or as many per MoE layer, within a *limit* of LIMITS.
 
-        Exactly so many: a threshold or top-p that the checkpoint was trained with does not hold.
+        Without one exactly so many: a threshold or top-p that the checkpoint was trained with does not hold.
         "mean_top_k" is how many experts a token had, averaged over tokens and layers. Without experts *top_k* is None.
         """
         name = f"{self.label} k={format_ints(top_k)}" if self.has_experts else self.label
         row: Row = {"checkpoint": str(self.path), "label": self.label, "top_k": top_k, "split": self.split}
-        at_top_k = self.model.at_top_k(top_k, top_p=top_p) if self.has_experts else nullcontext()
+        at_top_k = self.model.at_top_k(top_k, **limit) if self.has_experts else nullcontext()
         counts = torch.zeros(len(self.layers), 2, dtype=torch.double, device=self.device)
 
         def count(layer: int, _: Tensor, __: Dict[str, Any], routing: Routing) -> None:
@@ -127,7 +129,7 @@ class Evaluator:
         with at_top_k, observed(self.layers, count):
             row.update(context=self.context, **self._evaluate(self.batches(name if show else "")))
         mean = [assignments / max(1, tokens) for assignments, tokens in counts.tolist()]
-        row["top_p"] = top_p
+        row.update({name: limit.get(name) for name in LIMITS})
         row["mean_top_k"] = sum(mean) / len(mean) if mean else None
         row.update(model_cost(self.model, mean, self.context)._asdict())
         return row
@@ -195,6 +197,11 @@ def evaluators(paths: Sequence[Path], data: str, **options: Any) -> Iterator[Eva
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file"))
+
+
+def limit_of(row: Row) -> str:
+    """The name of the limit in force, as options call it: "top-p"; nothing where there was none."""
+    return next((name.replace("_", "-") for name in LIMITS if row[name] is not None), "")
 
 
 def every_nth(sizes: np.ndarray, tokens: int) -> int:

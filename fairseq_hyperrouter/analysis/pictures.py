@@ -5,6 +5,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 import numpy as np
 
+from .evaluation import limit_of
+
 LINES = (
     ("normalised_entropy", "router entropy / ln E"),
     ("load_cv", "load: standard deviation / mean"),
@@ -41,8 +43,9 @@ def perplexity_curves(rows: Sequence[Dict[str, Any]]) -> Any:
 
 def _curve(row: Dict[str, Any]) -> str:
     """Which of a model's curves the row is a point of."""
-    if row["top_p"] is not None:
-        return ", top-p"
+    limit = limit_of(row)
+    if limit:
+        return f", {limit}"
     return ", k by layer" if isinstance(row["top_k"], (tuple, list)) else ""
 
 

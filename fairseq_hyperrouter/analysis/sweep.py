@@ -3,11 +3,11 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 from fairseq_hyperrouter.config import format_ints
 
-from .evaluation import Row, evaluators
+from .evaluation import Row, evaluators, limit_of
 from .pictures import perplexity_curves
 from .table import markdown_table
 
@@ -19,13 +19,13 @@ def sweep(
     data: str,
     top_k: Optional[Sequence[int]] = None,
     *,
-    top_p: Sequence[float] = (),
+    limits: Sequence[Mapping[str, float]] = (),
     **options: Any,
 ) -> Iterator[Row]:
-    """Evaluate every checkpoint at every k, and with the added probabilities *top_p*: a row of ``Evaluator.at`` each.
+    """Evaluate every checkpoint at every k, and within each of *limits*, as {"top_p": 0.5}: a row of ``Evaluator.at``.
 
     By default at 1, 2, 4, ... and all of its experts. A checkpoint without experts gives one row, its "top_k" None; one
-    whose router has no probabilities none for *top_p*. The other *options* are Evaluator's.
+    whose router has no probabilities none for *limits*. The other *options* are Evaluator's.
 
     Raises:
         UserError (a ValueError): a k that a checkpoint cannot have, a file that is missing or of another model.
@@ -33,11 +33,11 @@ def sweep(
     for evaluator in evaluators(checkpoints, data, **options):
         for k in evaluator.top_ks("--top-k", top_k):
             yield evaluator.at(k)
-        if top_p and not evaluator.has_probabilities:
-            logger.warning(f"--top-p: left out for {evaluator.label}, whose router has no probabilities")
+        if limits and not evaluator.has_probabilities:
+            logger.warning(f"--top-p, --threshold: left out for {evaluator.label}, whose router has no probabilities")
             continue
-        for p in top_p:
-            yield evaluator.at(evaluator.model.decoder.moe_config.moe_expert_count, p)
+        for limit in limits:
+            yield evaluator.at(evaluator.model.decoder.moe_config.moe_expert_count, **limit)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -47,7 +47,7 @@ def markdown(rows: Sequence[Row]) -> str:
         detail.append(
             [
                 row["label"],
-                _k(row) if row["top_p"] is None else f"{_k(row)}: {row['mean_top_k']:.2f}",
+                f"{_k(row)}: {row['mean_top_k']:.2f}" if limit_of(row) else _k(row),
                 f"{row['perplexity']:.2f}",
                 f"{row['bits_per_token']:.4f}",
                 f"{row['bits_per_character']:.4f}",
@@ -70,7 +70,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def _k(row: Row) -> str:
     if row["top_k"] is None:
         return "dense"
-    return format_ints(row["top_k"]) if row["top_p"] is None else f"top-p {row['top_p']:g}"
+    limit = limit_of(row)
+    return f"{limit} {row[limit.replace('-', '_')]:g}" if limit else format_ints(row["top_k"])
 
 
 def write(rows: Sequence[Row], folder: Path, name: str = "sweep") -> List[Path]:

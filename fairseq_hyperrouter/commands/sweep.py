@@ -23,6 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--top-p", default="", help="beside: the fewest experts whose probabilities add up to this, as in 0.5,0.9"
     )
     parser.add_argument(
+        "--threshold", default="", help="beside: the experts whose probability is at least this, as in 0.05,0.1"
+    )
+    parser.add_argument(
         "--tokens-per-sample", type=int, metavar="N", help="default: what the checkpoint was trained with"
     )
     parser.add_argument(
@@ -33,13 +36,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = begin(args)
+    limits = [{"top_p": share} for share in _parse_shares("--top-p", args.top_p)]
+    limits += [{"threshold": share} for share in _parse_shares("--threshold", args.threshold)]
     rows = []
     try:
         for row in sweep(
             args.checkpoint,
             args.data,
             integers("--top-k", args.top_k),
-            top_p=_parse_shares("--top-p", args.top_p),
+            limits=limits,
             tokens_per_sample=args.tokens_per_sample,
             context_window=args.context_window,
             **options,

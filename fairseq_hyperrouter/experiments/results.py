@@ -84,6 +84,7 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
         rows.append([row, *cells, *logged])
     seeds = sorted({result.run.seed for result in results})
     updates = sorted({result.run.updates for result in results})
+    unknown = [name for name in experiment.logged if not any(name in result.logged for result in results)]
     spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
     about = [
         f"**{experiment.title}** ({experiment.setting}; {_listed('seed', seeds)}; {' or '.join(map(str, updates))} "
@@ -91,6 +92,7 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
         f"{spread}",
         f"`{command}`" if command else "",
         markdown_table(rows),
+        f"No training logged {', '.join(unknown)}: results.json has the names of what they did log." if unknown else "",
     ]
     return "\n\n".join(part for part in about if part)
 

@@ -7,7 +7,7 @@ def rows():
     for label, top_ks in (("a", (1, 2)), ("b", (2, 4)), ("stock", (None,))):
         for k in top_ks:
             numbers = {"perplexity": 10.0 + (k or 0), "bits_per_token": 3.5, "bits_per_character": 1.5}
-            numbers.update(top_p=None, mean_top_k=k)
+            numbers.update(top_p=None, threshold=None, mean_top_k=k)
             costs = {"tokens_per_second": 1234.5, "active_parameters": 1000 * (k or 1), "flops_per_token": 2.5e6}
             yield {"label": label, "top_k": k, **numbers, **costs}
 
@@ -30,10 +30,11 @@ def test_table_of_several_and_files(tmp_path):
 
 
 def test_other_ways_to_choose_k(tmp_path):
-    """top-p and lists of k per layer are rows and curves of their own; for top-p the table says the mean k."""
+    """Limits and lists of k per layer are rows and curves of their own; for limits the table says the mean k."""
     first = next(rows())
     limited = {**first, "top_k": 4, "top_p": 0.9, "mean_top_k": 1.75}
+    above = {**first, "top_k": 4, "threshold": 0.05, "mean_top_k": 2.5}
     listed = {**first, "top_k": (1, 2), "mean_top_k": 1.5}
-    table = markdown([first, limited, listed]).splitlines()
-    assert [line.split("|")[2].strip() for line in table[2:]] == ["1", "top-p 0.9: 1.75", "1,2"]
-    assert write([first, limited, listed], tmp_path, "other")[2].name == "other.png"
+    table = markdown([first, limited, above, listed]).splitlines()
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["1", "top-p 0.9: 1.75", "threshold 0.05: 2.50", "1,2"]
+    assert write([first, limited, above, listed], tmp_path, "other")[2].name == "other.png"

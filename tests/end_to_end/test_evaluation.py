@@ -140,8 +140,11 @@ def test_user_dir_prints_the_folder():
     assert run("-m fairseq_hyperrouter.commands", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
 
 
-def test_a_list_of_k_and_top_p(tmp_path, data, trained):
-    """allocate's lists are what fairseq-eval-lm takes; a top-p of 1 is every expert, of 0 the best one."""
+def test_a_list_of_k_and_limits(tmp_path, data, trained):
+    """allocate's lists are what fairseq-eval-lm takes; a top-p of 1 is every expert, of 0 the best one.
+
+    A threshold is the other way round.
+    """
     checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
     out = ["--out", tmp_path, "--cpu"]
     run("fairseq-hyperrouter", "allocate", checkpoint, data, "--choices", f"1,{EXPERTS}", *out)
@@ -155,10 +158,18 @@ def test_a_list_of_k_and_top_p(tmp_path, data, trained):
     by_k = {row["top_k"]: row for row in rows if isinstance(row["top_k"], int)}
     assert by_k[1]["flops_per_token"] < by_list[mixed]["flops_per_token"] < by_k[EXPERTS]["flops_per_token"]
 
-    sweep(checkpoint, data, "--top-k", f"1,{EXPERTS}", "--top-p", "0,0.5,1", "--out", tmp_path)
+    limits = ["--top-p", "0,0.5,1", "--threshold", f"1,{1 / EXPERTS},0"]
+    sweep(checkpoint, data, "--top-k", f"1,{EXPERTS}", *limits, "--out", tmp_path)
     best, every, *limited = json.loads((tmp_path / "sweep.json").read_text())
-    assert [row["top_p"] for row in limited] == [0, 0.5, 1]
-    assert limited[0]["perplexity"] == pytest.approx(best["perplexity"], rel=1e-6) and limited[0]["mean_top_k"] == 1
-    assert limited[2]["perplexity"] == pytest.approx(every["perplexity"], rel=1e-6)
-    assert 1 < limited[1]["mean_top_k"] < EXPERTS
-    assert best["flops_per_token"] < limited[1]["flops_per_token"] < every["flops_per_token"]
+    for name, values, rows in (
+        ("top_p", [0, 0.5, 1], limited[:3]),
+        ("threshold", [1, 1 / EXPERTS, 0], limited[3:]),
+    ):
+        assert [row[name] for row in rows] == values
+        assert rows[0]["perplexity"] == pytest.approx(best["perplexity"], rel=1e-6) and rows[0]["mean_top_k"] == 1
+        assert rows[2]["perplexity"] == pytest.approx(every["perplexity"], rel=1e-6)
+        assert 1 < rows[1]["mean_top_k"] < EXPERTS
+        assert best["flops_per_token"] < rows[1]["flops_per_token"] < every["flops_per_token"]
+        override = {"moe_eval_top_k": EXPERTS, f"moe_eval_{name}": values[1]}
+        printed = commands.evaluate(data, checkpoint, options=["--model-overrides", str(override)])
+        assert printed["printed_perplexity"] == f"{rows[1]['perplexity']:.2f}"

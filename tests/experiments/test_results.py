@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -40,9 +41,19 @@ def test_table():
 
 def test_table_of_dense_models_alone():
     """As long as nothing else is done."""
-    table = markdown(EXPERIMENT, RESULTS[-1:], "").split("\n\n")[-1]
+    dense = result("dense", 1, {None: 12.25}, train_wps=3000.0)
+    table = markdown(EXPERIMENT, [dense], "").split("\n\n")[-1]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert cells[0] == ["perplexity at k =", "", "training tokens/s"] and cells[2] == ["dense", "12.25 (dense)", ""]
+    assert cells[0] == ["perplexity at k =", "", "training tokens/s"]
+    assert cells[2] == ["dense", "12.25 (dense)", "3,000"]
+
+
+def test_a_name_that_nothing_logged():
+    """As a mistyped one."""
+    mistyped = replace(EXPERIMENT, logged=("train_wps", "train_wpss"))
+    assert markdown(mistyped, RESULTS, "").endswith(
+        "|\n\nNo training logged train_wpss: results.json has the names of what they did log."
+    )
 
 
 def trained_by(*commits, machine="a CPU"):
