@@ -35,9 +35,10 @@ class MoECrossEntropyConfig(AuxiliaryLossConfig, CrossEntropyCriterionConfig):
     moe_distill_wt: Optional[float] = field(
         default=None,
         metadata={
-            "help": "teach the model at the schedule's experts per token with what it says at the most that it has, "
-            "which the text teaches in the same update: the weight of the teacher's words beside the text's, 0 (off, "
-            "and no second pass) to 1 (default: 1 with an elastic schedule, else 0; not with relu)"
+            "help": "self-distillation: every batch is computed twice, at the schedule's k and at its largest; the "
+            "largest learns from the text, the other from the largest's predictions with this weight and from the text "
+            "with the rest of 1; 0: off, and no second pass (default: 1 with an elastic schedule, else 0; not with "
+            "relu)"
         },
     )
 

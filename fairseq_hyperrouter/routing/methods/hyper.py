@@ -72,7 +72,7 @@ class HyperRouter(InferenceCache, Router):
             hidden units is active and the router could never learn.
     """
 
-    elastic_lr_scale = 10.0  # docs/results.md shows why
+    elastic_lr_scale = 10.0  # docs/elastic.md shows why
     takes = {
         "moe_router_init_std": "init_std",
         "moe_router_lr_scale": "lr_scale",
