@@ -325,6 +325,10 @@ class MoEConfig(FairseqDataclass):
         for name in sorted({name for other in ROUTERS.values() for name in other.takes} - set(router.takes)):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{option_name(name)} {getattr(self, name)}: means nothing to {self.moe_router}")
+        if self.moe_elastic_per == "token" and not router.can_distill:
+            raise UserError(
+                f"--moe-elastic-per token: {self.moe_router} has as many experts at every k; give layer or update"
+            )
         if self.moe_similarity_wt and self.moe_top_k == 1 and self.moe_top_k_schedule == "constant":
             raise UserError(f"--moe-similarity-wt {self.moe_similarity_wt}: with --moe-top-k 1 experts share no token")
         only = router.trains_with

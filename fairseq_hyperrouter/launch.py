@@ -151,7 +151,7 @@ def _wait(processes: Sequence[subprocess.Popen], patience: float) -> None:
 
 def _report(first: int, processes: Sequence[subprocess.Popen], logs: Sequence[IO[str]]) -> int:
     status = processes[first].returncode
-    if first > 0 and status > 0:
+    if first > 0:
         log = logs[first - 1]
         log.seek(0)
         sys.stderr.write(log.read()[-5000:])

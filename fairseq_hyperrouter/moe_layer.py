@@ -145,7 +145,7 @@ class MoELayer(nn.Module):
         E = self.router.num_experts
         experts = torch.arange(E, device=x.device).repeat(len(x))[:, None]
         rows = x.repeat_interleave(E, dim=0)
-        return self.experts(rows, experts, rows.new_ones(len(rows), 1)).view(len(x), E, -1)
+        return self.experts(rows, experts, rows.new_ones(len(rows), 1)).view(len(x), E, x.size(-1))
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, capacity_factor={self.capacity_factor}"

@@ -13,9 +13,9 @@ from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
 from .checks.checkpoint_file import read_model_cfg, restored_checkpoint
-from .checks.same_model import saved_tensors
 from .config import NO_LAYERS
 from .errors import UserError, option_name
+from .experts.state import saved_tensors
 from .moe_layer import MoELayer
 
 logger = logging.getLogger(__name__)

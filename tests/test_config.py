@@ -42,6 +42,10 @@ BAD = [
     ({"moe_capacity_factor": float("nan")}, r"--moe-capacity-factor nan: must be greater than 0"),
     ({"moe_shared_experts": -1}, r"--moe-shared-experts -1: must be at least 0"),
     ({"moe_router": "smoe", "moe_hyper_shared": True}, r"--moe-hyper-shared True: means nothing to smoe"),
+    (
+        {"moe_router": "relu", "moe_top_k_schedule": "elastic", "moe_elastic_per": "token"},
+        "--moe-elastic-per token: relu has as many experts at every k; give layer or update",
+    ),
     ({"moe_router": "hash", "moe_router_jitter": 0.1}, r"--moe-router-jitter 0.1: means nothing to hash"),
     ({"moe_elastic_per": "token"}, r"--moe-elastic-per token: only with --moe-top-k-schedule elastic"),
     ({"moe_elastic_per": "update"}, r"--moe-elastic-per update: only with --moe-top-k-schedule elastic"),

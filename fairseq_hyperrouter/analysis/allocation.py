@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from fairseq_hyperrouter.errors import UserError
 
-from .evaluation import Evaluator, Row
+from .evaluation import Evaluator
+from .row import Row
 
 Allocation = Tuple[int, ...]
 

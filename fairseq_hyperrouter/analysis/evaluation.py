@@ -22,10 +22,7 @@ from fairseq_hyperrouter.token_length import characters_per_token
 
 from .cost import model_cost
 from .observation import observed
-
-Row = Dict[str, Any]
-LIMITS = ("top_p", "threshold")
-"""What can give a token fewer than k experts where its router is sure."""
+from .row import LIMITS, Row
 
 
 class Evaluator:
@@ -81,9 +78,9 @@ class Evaluator:
         self.model, self.task, self.split = model, task, split
         self.context, self.context_window, self.batch_size = context, context_window, batch_size
         self.every = 1 if tokens is None else every_nth(task.dataset(split).sizes, tokens)
-        self.has_experts = hasattr(model, "at_top_k")
-        self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.layers = moe_layers(model)
+        self.has_experts = bool(self.layers)
+        self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.device = next(model.parameters()).device
 
     def top_ks(self, option: str, values: Optional[Sequence[int]] = None) -> Sequence[Optional[int]]:
@@ -197,11 +194,6 @@ def evaluators(paths: Sequence[Path], data: str, **options: Any) -> Iterator[Eva
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"CHECKPOINT {path}: " + ("a folder, name a file in it" if path.is_dir() else "no such file"))
-
-
-def limit_of(row: Row) -> str:
-    """The name of the limit in force, as options call it: "top-p"; nothing where there was none."""
-    return next((name.replace("_", "-") for name in LIMITS if row[name] is not None), "")
 
 
 def every_nth(sizes: np.ndarray, tokens: int) -> int:

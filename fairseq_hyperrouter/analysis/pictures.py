@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 import numpy as np
 
-from .evaluation import limit_of
+from .row import limit_of
 
 LINES = (
     ("normalised_entropy", "router entropy / ln E"),

@@ -7,8 +7,9 @@ from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 from fairseq_hyperrouter.config import format_ints
 
-from .evaluation import Row, evaluators, limit_of
+from .evaluation import evaluators
 from .pictures import perplexity_curves
+from .row import Row, limit_of
 from .table import markdown_table
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fairseq_hyperrouter.config import distill_weight
+from fairseq_hyperrouter.config import NO_LAYERS, distill_weight
 from fairseq_hyperrouter.errors import UserError
 from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.running import running_command
@@ -77,8 +77,8 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
         cfg: the whole config.
     """
     workers = number_of_workers()
-    if cfg.model.moe_layers == "none":
-        raise UserError(f"{OPTION} {size}: with --moe-layers none there are no experts to divide")
+    if cfg.model.moe_layers == NO_LAYERS:
+        raise UserError(f"{OPTION} {size}: with --moe-layers {NO_LAYERS} there are no experts to divide")
     if workers % size:
         raise UserError(f"{OPTION} {size}: this training has {workers} worker(s), must be a multiple of it")
     training, common = cfg.distributed_training, cfg.common

@@ -48,6 +48,11 @@ def check_routing_parts(cfg: Any, task: Any) -> None:
             raise UserError(f"{option}: needs --task hyperrouter")
         if is_needed and cfg.criterion._name != "moe_cross_entropy":
             raise UserError(f"{option}: needs --criterion moe_cross_entropy")
+    if router.ignores_x:
+        for name in ("moe_gate_loss_wt", "moe_z_loss_wt", "moe_mi_loss_wt"):
+            if getattr(cfg.criterion, name, 0):
+                weight = getattr(cfg.criterion, name)
+                raise UserError(f"{option_name(name)} {weight}: {moe.moe_router} has nothing that learns; leave it out")
     _check_schedule(cfg, MoEConfig.from_namespace(moe))
     _check_distillation(cfg, MoEConfig.from_namespace(moe))
     stage1, updates = moe.moe_stage1_updates, cfg.optimization.max_update

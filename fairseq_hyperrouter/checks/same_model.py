@@ -7,12 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-import torch
-from torch import Tensor, nn
-
 from fairseq_hyperrouter.config import MoEConfig
 from fairseq_hyperrouter.errors import UserError, option_name
-from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.routing import ROUTERS, Place
 
 from .checkpoint_file import read_model_cfg
@@ -31,17 +27,22 @@ def check_same_model(path: Path, model_cfg: Any) -> None:
         return
     MoEConfig.from_namespace(model_cfg).check(model_cfg.decoder_layers)
     before = argparse.Namespace(**saved)
-    found = _shape(before)
-    for option, value in _shape(model_cfg).items():
-        if value != found.get(option):
-            raise UserError(
-                f"{option}: checkpoint {path} was made with {found[option]}, this command says {value}; "
-                "give the same option, or another --save-dir"
-            )
+    # First, since that of the checkpoint may be one that nobody knows here.
+    _check_equal(path, {"--moe-router": before.moe_router}, {"--moe-router": model_cfg.moe_router})
+    _check_equal(path, _shape(before), _shape(model_cfg))
     for name in ("moe_gate_softmax", "activation_fn"):  # what such tensors mean changes, but can be learned anew
         one, other = getattr(before, name, None), getattr(model_cfg, name)
         if one not in (None, other):
             logger.warning(f"{option_name(name)}: checkpoint {path} was made with {one}, it goes on with {other}")
+
+
+def _check_equal(path: Path, found: Dict[str, Any], said: Dict[str, Any]) -> None:
+    for option, value in said.items():
+        if value != found[option]:
+            raise UserError(
+                f"{option}: checkpoint {path} was made with {found[option]}, this command says {value}; "
+                "give the same option, or another --save-dir"
+            )
 
 
 def _shape(cfg: Any) -> Dict[str, Any]:
@@ -53,7 +54,6 @@ def _shape(cfg: Any) -> Dict[str, Any]:
         "--decoder-layers": cfg.decoder_layers,
         "--decoder-attention-heads": cfg.decoder_attention_heads,
         "--share-decoder-input-output-embed": cfg.share_decoder_input_output_embed,
-        "--moe-router": moe.moe_router,
         "--moe-expert-count": moe.moe_expert_count,
         "--moe-layers": ",".join(map(str, sorted(layers))),
         "--moe-ffn-embed-dim": moe.moe_ffn_embed_dim or cfg.decoder_ffn_embed_dim,
@@ -74,7 +74,11 @@ def _router_dim(moe: MoEConfig) -> Optional[int]:
     router = ROUTERS[moe.moe_router]
     if moe.moe_router_dim is not None or "moe_router_dim" not in router.takes:
         return moe.moe_router_dim
-    return inspect.signature(router).parameters[router.takes["moe_router_dim"]].default
+    for kind in router.__mro__:  # a router may hand it on to the one that it is made from
+        argument = inspect.signature(kind).parameters.get(router.takes["moe_router_dim"])
+        if argument is not None:
+            return argument.default
+    return None
 
 
 def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[str]:
@@ -116,24 +120,3 @@ def _routers_of(state: Dict[str, Any]) -> str:
         if router.state_dict().keys() == tensors:
             fitting.append(name)
     return " or ".join(fitting) or ", ".join(sorted(tensors)) or "none"
-
-
-def saved_tensors(model: nn.Module) -> Dict[str, Tensor]:
-    """All that a state dict of this worker would hold, the tensors themselves."""
-    tensors: Dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                tensors[f"{prefix}.{name}" if prefix else name] = tensor
-    return tensors
-
-
-def whole_tensors(model: nn.Module) -> Dict[str, Tensor]:
-    """All that a checkpoint of *model* holds; experts that are divided over workers without their values."""
-    tensors = saved_tensors(model)
-    for prefix, module in model.named_modules():
-        if isinstance(module, ExpertBank):
-            for name, held in module.named_parameters():
-                tensors[f"{prefix}.{name}"] = torch.empty(module.num_experts, *held.shape[1:], device="meta")
-    return tensors

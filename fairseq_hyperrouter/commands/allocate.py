@@ -4,7 +4,8 @@ import argparse
 from typing import Dict, Optional
 
 from fairseq_hyperrouter.analysis.allocation import allocate
-from fairseq_hyperrouter.analysis.evaluation import Evaluator, Row, labels
+from fairseq_hyperrouter.analysis.evaluation import Evaluator, labels
+from fairseq_hyperrouter.analysis.row import Row
 from fairseq_hyperrouter.analysis.sweep import markdown, write
 from fairseq_hyperrouter.config import format_ints
 

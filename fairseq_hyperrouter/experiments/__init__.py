@@ -1,7 +1,8 @@
 """Many trainings and their evaluation from one small file; knows fairseq's commands and configs, nothing of models.
 
 experiment.py   what a file says
-check.py        whether a run of it can be trained and evaluated
+arguments.py    whether fairseq-train takes a run's options
+check.py        whether it can be trained and evaluated
 run_folder.py   what is done of a run
 provenance.py   what trained it
 results.py      what the runs came to

@@ -1,8 +1,8 @@
 """Whether a run can be trained, and evaluated as its experiment says: asked before the first training."""
 
-from fairseq_hyperrouter.checks.arguments import check_arguments
 from fairseq_hyperrouter.errors import UserError
 
+from .arguments import check_arguments
 from .experiment import Experiment, Run
 
 

@@ -4,7 +4,7 @@ In the order in which a token meets them:
 
 bank.py      ExpertBank, the stacked weights (weights.py) of a layer's experts
 dispatch.py  the chosen (token, expert) pairs in the order of the experts
-parallel.py  to the worker that holds the expert, and back
+parallel.py  to the worker that holds the expert, and back; state.py, what a checkpoint holds all the same
 backend.py   which of these computes, all behind the same call:
              loop.py     any device and dtype, plain autograd
              runs.py     CPUs; with run_products.py (torch's products) or native_products.py (ours)

@@ -152,7 +152,7 @@ class ExpertBank(nn.Module):
         return total
 
     def gather(self) -> None:
-        """Collect all experts on the group's first worker, for the next state dict; all workers must call it."""
+        """Collect all experts on worker 0, for its next state dict; all workers must call it."""
         self._gathered = {name: gather_experts(weight, self.parallel) for name, weight in self.named_parameters()}
 
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -137,12 +137,13 @@ def all_gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
 
 
 def gather_experts(local: Tensor, parallel: ExpertParallel) -> Any:
-    """Of a tensor of this worker's experts (E / P, ...), that of all E, in main memory of the group's first worker.
+    """Of a tensor of this worker's experts (E / P, ...), that of all E, in main memory of worker 0, which saves them.
 
-    None on the others. All workers of a group must call it together.
+    None on the others. All workers of a group must call it together; those that hold the same once more send nothing.
     """
+    if dist.get_rank() >= parallel.size:
+        return None
     local = local.detach().contiguous()
     parts = [torch.empty_like(local) for _ in range(parallel.size)] if parallel.rank == 0 else None
-    first = dist.get_global_rank(parallel.group, 0)
-    dist.gather(local, parts, dst=first, group=parallel.group)
+    dist.gather(local, parts, dst=0, group=parallel.group)
     return None if parts is None else torch.cat([part.cpu() for part in parts])

@@ -28,7 +28,7 @@ from fairseq_hyperrouter.checks.moe_options import (
     check_routing_parts,
     warn_of_untaught_routers,
 )
-from fairseq_hyperrouter.checks.same_model import shape_difference, whole_tensors
+from fairseq_hyperrouter.checks.same_model import shape_difference
 from fairseq_hyperrouter.checks.stock_options import check_model_options, check_training
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, TopK, parse_ints
@@ -36,6 +36,7 @@ from fairseq_hyperrouter.errors import UserError, WrongCheckpoint
 from fairseq_hyperrouter.experts import ExpertParallel
 from fairseq_hyperrouter.experts.backend import AUTO
 from fairseq_hyperrouter.experts.memory import keep_freed_memory
+from fairseq_hyperrouter.experts.state import whole_tensors
 from fairseq_hyperrouter.optim import divide_experts
 from fairseq_hyperrouter.routing import ROUTERS
 from fairseq_hyperrouter.running import running_command
@@ -67,9 +68,11 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
         keep_freed_memory()
         is_training = _is_training(task)
         moe = _check(args, task, is_training)
+        if running_command() == "validate":  # which asks for nothing that is refused in prepare_for_inference_
+            check_override_names("--model-overrides", ast.literal_eval(args._get_parent().common_eval.model_overrides))
         divides = is_training and moe.moe_expert_parallel_size > 1  # else every process holds all experts
         if args.decoder_layers_to_keep:
-            _keep_layers(args)
+            _keep_layers(args, is_training)
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = safe_getattr(args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS)
         # The stock builder makes the embeddings, of whatever kind; it always makes a decoder too, so it is
@@ -186,16 +189,14 @@ def check_override_names(where: str, overrides: Dict[str, Any]) -> None:
             raise UserError(f"{where} {name}: no such option" + (f", {near[0]}?" if near else ""))
 
 
-def _keep_layers(args: Any) -> None:
+def _keep_layers(args: Any, is_training: bool) -> None:
     """As stock, leave ``decoder_layers_to_keep`` alone; the MoE layers are numbered anew like all layers."""
+    said = f"--decoder-layers-to-keep {args.decoder_layers_to_keep}"
+    if is_training:  # stock would number the layers of its checkpoints anew once more, and could not load them
+        raise UserError(f"{said}: is for a trained model, give decoder_layers_to_keep in fairseq-eval-lm's overrides")
     kept = sorted(set(parse_ints("--decoder-layers-to-keep", args.decoder_layers_to_keep)))
-    # The options of a checkpoint that was trained so hold the number of layers that were kept.
-    is_done = running_command() not in TRAINING_COMMANDS and len(kept) == args.decoder_layers
-    if kept[0] < 0 or (kept[-1] >= args.decoder_layers and not is_done):
-        last = args.decoder_layers - 1
-        raise UserError(f"--decoder-layers-to-keep {args.decoder_layers_to_keep}: layers are numbered 0 to {last}")
-    if is_done:
-        return
+    if kept[0] < 0 or kept[-1] >= args.decoder_layers:
+        raise UserError(f"{said}: layers are numbered 0 to {args.decoder_layers - 1}")
     moe = HyperRouterLanguageModelConfig.from_namespace(args).layer_numbers(args.decoder_layers)
     args.decoder_layers = len(kept)
     args.moe_freq = 1

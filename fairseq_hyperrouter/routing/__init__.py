@@ -6,6 +6,8 @@ routing.py    Routing, what a router returns
 limit.py      fewer experts for a token than K
 capacity.py   fewer tokens for an expert than chose it
 schedule.py   K as a function of the update
+assignment.py as many tokens for every expert
+inference.py  what weights come to, kept while there is no training
 totals.py     sums over the tokens of a Routing: load, probability
 losses.py     balance losses of a Routing
 metrics.py    what a Routing says of its router: entropy, margin, load

@@ -12,14 +12,14 @@ from .routing import Routing
 
 
 class Limit(NamedTuple):
-    """Which of its K experts a token keeps; always the most probable. Where several limits are given, all hold."""
+    """Which of its K experts a token keeps. Where several limits are given, all hold."""
 
     threshold: Optional[float] = None
-    """Those whose probability, by the softmax over all E, is at least this."""
+    """Those whose probability, by the softmax over all E, is at least this, and always the most probable."""
     top_p: Optional[float] = None
     """The fewest whose probabilities add up to this: the more the less a router is sure (arXiv 2403.07652)."""
     token_top_k: Optional[Tensor] = None
-    """(T,) int64: this many."""
+    """(T,) int64: this many, the first ones of its row."""
 
     def apply(self, routing: Routing, renormalise: bool) -> Routing:
         """*routing* with the experts that are kept; their gates add up to 1 again when *renormalise*."""

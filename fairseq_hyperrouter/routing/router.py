@@ -96,7 +96,7 @@ class Router(nn.Module, ABC):
     - ``elastic_lr_scale``: the ``--moe-router-lr-scale`` that an elastic schedule has by default;
     - ``can_distill``: a smaller K can learn from a larger one in training (``--moe-distill-wt``);
     - ``takes``: the options that only some routers have and this one reads, with the argument of its constructor that
-      each is passed as when it is given.
+      each is passed as when it is given (or that ``options`` makes of it what the constructor takes).
 
     Raises:
         UserError (a ValueError): a size that is not positive, an unknown ``gate_softmax``, a negative rate or jitter.

@@ -99,7 +99,7 @@ class TopKSchedule:
 
     @property
     def largest(self) -> int:
-        """The most experts that a token has at any update."""
+        """The most experts that a token may have at any update; with it a model teaches itself, drawn or not."""
         return max(self.end, self.start or 1)
 
     @property

@@ -19,6 +19,8 @@ from fairseq_hyperrouter.checks.stock_options import check_training
 from fairseq_hyperrouter.compat import mend_config
 from fairseq_hyperrouter.config import format_ints, parse_ints
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.moe_layer import moe_layers
+from fairseq_hyperrouter.running import running_command
 from fairseq_hyperrouter.token_length import TOKEN_UNITS, characters_per_token
 from fairseq_hyperrouter.workers import gives_up_without_memory, number_of_workers
 
@@ -103,10 +105,10 @@ class HyperRouterTask(LanguageModelingTask):
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
         model = super().build_model(args, from_checkpoint)
         self.divides_experts = getattr(model.decoder, "parallel", None) is not None
-        if from_checkpoint:  # --valid-top-k is then that of its training
+        if from_checkpoint and running_command() != "validate":  # --valid-top-k is then that of its training
             return model
-        if self.valid_top_k and not hasattr(model, "at_top_k"):
-            raise UserError(f"--valid-top-k {self.args.valid_top_k}: this architecture has no experts")
+        if self.valid_top_k and not moe_layers(model):
+            raise UserError(f"--valid-top-k {self.args.valid_top_k}: this model has no experts")
         if self.valid_top_k:
             model.decoder.check_top_k("--valid-top-k", self.valid_top_k)
         return model

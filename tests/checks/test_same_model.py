@@ -9,6 +9,7 @@ import torch
 from fairseq_hyperrouter import UserError
 from fairseq_hyperrouter.checks.same_model import check_same_model
 from fairseq_hyperrouter.models.transformer_lm import HyperRouterLanguageModelConfig
+from fairseq_hyperrouter.routing import ROUTERS
 
 
 def options(**changes):
@@ -38,6 +39,22 @@ def test_a_default_that_is_spelled_out(saved, router, default):
     check_same_model(path, options(**given, moe_router_dim=default))
     with pytest.raises(UserError, match=f"--moe-router-dim: .* was made with {default}, this command says 8"):
         check_same_model(path, options(**given, moe_router_dim=8))
+
+
+def test_a_router_of_ones_own(saved, monkeypatch):
+    """Which hands options on to the one that it is made from; or which is not known to this command."""
+
+    class Mine(ROUTERS["cosine"]):
+        def __init__(self, *sizes, mine=1, **given):
+            super().__init__(*sizes, **given)
+
+    monkeypatch.setitem(ROUTERS, "mine", Mine)
+    path = saved(moe_router="mine")
+    check_same_model(path, options(moe_router="mine"))
+    check_same_model(path, options(moe_router="mine", moe_router_dim=16))
+    monkeypatch.delitem(ROUTERS, "mine")
+    with pytest.raises(UserError, match=r"--moe-router: .* was made with mine, this command says smoe"):
+        check_same_model(path, options(moe_router="smoe"))
 
 
 def test_goes_on_with_another_meaning(saved, caplog):

@@ -10,6 +10,7 @@ import torch
 from fairseq_hyperrouter.launch import worker_options
 from tests.commands import (
     CRITERION,
+    EXPERTS,
     LOG,
     MODEL,
     ON_CPU,
@@ -80,6 +81,10 @@ TRAINING = {
         ["--best-checkpoint-metric", "nll_loss", "loss", "ppl", "bpc"],
     ),
     "heads": (["--decoder-attention-heads", 3], ["--decoder-attention-heads", 3, 32]),
+    "loss of constants": (
+        ["--moe-router", "hash", "--moe-z-loss-wt", 0.1],
+        ["--moe-z-loss-wt", 0.1, "hash", "leave it out"],
+    ),
     "gate-loss inf": (["--moe-gate-loss-wt", "inf"], ["--moe-gate-loss-wt", "inf", "finite"]),
     "no tokens": (["--tokens-per-sample", 0], ["--tokens-per-sample", 0, 1]),
     "unused start": (["--moe-top-k-start", 4], ["--moe-top-k-start", 4, "constant"]),
@@ -90,7 +95,7 @@ TRAINING = {
         ["--share-decoder-input-output-embed", "--decoder-output-dim", 16],
         ["--decoder-output-dim", 16, "--decoder-input-dim", 32],
     ),
-    "kept layers": (["--decoder-layers-to-keep", "0,5"], ["--decoder-layers-to-keep", "0,5", 0, 1]),
+    "kept layers": (["--decoder-layers-to-keep", "0"], ["--decoder-layers-to-keep", 0, "fairseq-eval-lm"]),
     "adaptive softmax": (["--adaptive-softmax-cutoff", "9,5"], ["--adaptive-softmax-cutoff", "9,5", 1]),
     "adaptive input": (["--adaptive-input"], ["--adaptive-input", "--adaptive-input-cutoff"]),
     "tied adaptive": (["--tie-adaptive-weights"], ["--tie-adaptive-weights", "--adaptive-input"]),
@@ -225,12 +230,19 @@ def test_overrides_that_are_no_dict(preloaded, data, trained, overrides):
     assert_explained(result, "--model-overrides", overrides)
 
 
-def test_override_of_an_option_that_does_not_exist(preloaded, data, trained):
+@pytest.mark.parametrize("command", ["fairseq-eval-lm", "fairseq-validate"])
+def test_override_of_an_option_that_does_not_exist(preloaded, data, trained, command):
     """Stock fairseq would evaluate as if nothing had been asked for."""
     checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
     overrides = ["--model-overrides", "{'moe_eval_topk': 1}"]
-    result = preloaded.run("fairseq-eval-lm", *eval_arguments(data, checkpoint, *overrides))
+    result = preloaded.run(command, *eval_arguments(data, checkpoint, *overrides))
     assert_explained(result, "--model-overrides", "moe_eval_topk", "moe_eval_top_k")
+
+
+def test_validate_at_a_number_that_there_is_not(preloaded, data, trained):
+    checkpoint = trained("hyperrouter")[0] / "checkpoint_last.pt"
+    result = preloaded.run("fairseq-validate", *eval_arguments(data, checkpoint, "--valid-top-k", "1,99"))
+    assert_explained(result, "--valid-top-k", 99, 1, EXPERTS)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_a_part_of_the_split(data, trained):
         at(0)
 
 
+def test_without_a_moe_layer(tmp_path, data):
+    """A model of this architecture without experts is like a dense one."""
+    train(data, tmp_path, "--moe-layers", "none", "--max-update", "1")
+    sweep(tmp_path / "checkpoint_last.pt", data, "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "sweep.json").read_text())
+    assert row["top_k"] is None and row["mean_top_k"] is None
+    arguments = commands.eval_arguments(data, tmp_path / "checkpoint_last.pt", "--valid-top-k", "1,2")
+    result = run("fairseq-validate", *arguments, check=False)
+    assert result.code == 2 and result.last_line.endswith("--valid-top-k 1,2: this model has no experts")
+
+
 def test_user_dir_prints_the_folder():
     assert run("-m fairseq_hyperrouter.commands", "user-dir", cwd=REPO).out == f"{USER_DIR}\n"
 

@@ -290,14 +290,6 @@ def test_errors(options, message):
         tiny_model(**options)
 
 
-def test_what_was_trained_with_layers_to_keep():
-    """The options of such a checkpoint hold the new number of layers, the new MoE layers, and the old list."""
-    options = {"decoder_layers": 4, "moe_layers": "2", "decoder_layers_to_keep": "0,2"}
-    trained = {**options, "decoder_layers": 2, "moe_layers": "1"}
-    assert [hasattr(layer, "moe") for layer in tiny_model(**options).decoder.layers] == [False, True]
-    assert [hasattr(layer, "moe") for layer in tiny_model(**trained).decoder.layers] == [False, True]
-
-
 @pytest.mark.parametrize("size, layers", [("small", 4), ("medium", 8), ("large", 18)])
 def test_sizes_of_the_paper(size, layers):
     architecture = ARCH_CONFIG_REGISTRY[f"transformer_lm_hyperrouter_{size}"]

@@ -8,9 +8,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..assignment import balanced_assignment
 from ..router import RoutingContext, register_router
 from ..routing import Routing
-from .assignment import balanced_assignment
 from .linear import LinearRouter
 
 

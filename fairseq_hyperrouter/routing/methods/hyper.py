@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter.errors import UserError
 
+from ..inference import InferenceCache
 from ..router import Place, Router, RoutingContext, check_positive, register_router
-from .inference import InferenceCache
 
 HYPERNETWORK_INIT_STD = 0.02
 

@@ -31,6 +31,12 @@ def test_a_competition(version):
     torch.testing.assert_close(routing.loss, loss)
 
 
+def test_a_competition_for_no_token():
+    layer = MoELayer(router(rate=1.0), 8, top_k=2)
+    y, routing = layer(torch.empty(0, 6))
+    assert y.shape == (0, 6) and routing.expert_index.shape == (0, 2)
+
+
 def test_the_router_learns_what_competition_says():
     torch.manual_seed(0)
     layer = MoELayer(router(rate=1.0), 8, top_k=1)

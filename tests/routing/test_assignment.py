@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from fairseq_hyperrouter.routing.methods.assignment import balanced_assignment
+from fairseq_hyperrouter.routing.assignment import balanced_assignment
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.checks.arguments import check_arguments
+from fairseq_hyperrouter.experiments.arguments import check_arguments
 
 MISTAKES = [
     ("--lr-schedular cosine", r"a place: --lr-schedular: fairseq-train has no such option, --lr-scheduler\?"),
