@@ -144,7 +144,7 @@ def test_without_a_moe_layer(tmp_path, data):
     assert row["top_k"] is None and row["mean_top_k"] is None
     arguments = commands.eval_arguments(data, tmp_path / "checkpoint_last.pt", "--valid-top-k", "1,2")
     result = run("fairseq-validate", *arguments, check=False)
-    assert result.code == 2 and result.last_line.endswith("--valid-top-k 1,2: this model has no experts")
+    assert result.code == 1 and result.last_line.endswith("--valid-top-k 1,2: this model has no experts")
 
 
 def test_user_dir_prints_the_folder():
