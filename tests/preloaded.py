@@ -7,7 +7,6 @@ Each run is a fork that executes the command's script with its own arguments, as
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from fairseq_hyperrouter.launch import free_port, worker_options
 from tests.commands import BIN, REPO, Result, environment
@@ -66,9 +65,12 @@ class Preloaded:
         """Start a command and return its process number."""
         program = ["-m", command[3:]] if command.startswith("-m ") else [str(BIN / command)]
         self.started += 1
-        files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
-        process = self._ask({"argv": [*program, *map(str, args)], "cwd": str(cwd), **files})
-        self.files[process] = [Path(file) for file in files.values()]
+        files = {name: self.folder / f"{self.started}.{name}" for name in ("out", "err")}
+        for file in files.values():
+            file.touch()  # log() may read it before the command has begun
+        paths = {name: str(file) for name, file in files.items()}
+        process = self._ask({"argv": [*program, *map(str, args)], "cwd": str(cwd), **paths})
+        self.files[process] = list(files.values())
         return process
 
     def log(self, process):
