@@ -14,10 +14,10 @@
       words: {data: data-bin/wikitext-2, seeds: [1, 2, 3], options: {max-update: 2000}}
       bytes: {data: data-bin/enwik8, metric: bits_per_character}
 
-Options are those of fairseq-train without their dashes: ``true`` gives a flag, ``null`` takes one of the shared ones
-away. A run's go before a setting's, and those before the shared ones. Runs of one ``row`` fill one row of the table
-together, each at its own ``at``. ``based_on: other.yaml`` takes all but the runs from that file, beside this one, and
-this one says what is more or different.
+Options are those of fairseq-train without their dashes: ``true`` gives a flag, ``null`` or ``false`` takes one of the
+shared ones away. A run's go before a setting's, and those before the shared ones. Runs of one ``row`` fill one row of
+the table together, each at an ``at`` that no other of them has. ``based_on: other.yaml`` takes all but the runs from
+that file, beside this one, and this one says what is more or different.
 """
 
 import re
@@ -106,16 +106,14 @@ def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[S
     runs: List[Run] = []
     for name, own in _some(path, "runs", content["runs"]).items():
         own = dict(_mapping(path, f"runs: {name}", own or {}))
-        row, at = str(own.pop("row", name)), _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)), least=1)
+        row = _text(path, f"runs: {name}: row", own.pop("row", str(name)))
+        at = _numbers(path, f"runs: {name}: at", own.pop("at", list(top_k)), least=1)
         options = {**shared, **_checked(path, f"runs: {name}", own)}
         _check_training(path, str(name), options, checkpoint)
         runs += [Run(str(name), row, seed, at, as_arguments(options), options["max-update"]) for seed in seeds]
-    folders = [run.folder for run in runs]
-    for run in runs:
-        if folders.count(run.folder) > 1:
-            raise UserError(f"{path}: runs: {run.name}: another run would have the same folder, {run.folder}")
+    _check_distinct(path, runs)
     return Experiment(
-        str(content["title"]),
+        _text(path, "title", content["title"]),
         str(setting),
         metric,
         tuple(logged),
@@ -224,7 +222,11 @@ def _evaluation(path: Path, parts: Mapping[str, Mapping[str, Any]]) -> Dict[str,
         _check_keys(path, place, own, _EVALUATION)
         for key, value in own.items():
             least = _EVALUATION[key]
-            if least is not None and value is not None and (type(value) is not int or value < least):
+            if value is None:  # takes away what the parts before said
+                continue
+            if least is None:
+                _text(path, f"{place}: {key}", value)
+            elif type(value) is not int or value < least:
                 raise UserError(f"{path}: {place}: {key} {value}: must be a whole number, at least {least}")
         evaluation.update(own)
     return evaluation
@@ -238,6 +240,29 @@ def _check_training(path: Path, name: str, options: Mapping[str, Any], checkpoin
     for never in ("no-save", _SAVES_NO[checkpoint]):
         if options.get(never):
             raise UserError(f"{path}: runs: {name}: {never}: saves no checkpoint_{checkpoint}.pt to evaluate")
+
+
+def _check_distinct(path: Path, runs: Sequence[Run]) -> None:
+    """That no two runs would be written to the same folder, or counted as two seeds of one."""
+    folders: Dict[str, Run] = {}
+    cells: Dict[Tuple[str, int, int], Run] = {}
+    for run in runs:
+        other = folders.setdefault(run.folder, run)
+        if other is not run:
+            raise UserError(f"{path}: runs: {run.name}: {other.name} has the same folder, {run.folder}, rename one")
+        for k in run.at:
+            other = cells.setdefault((run.row, run.seed, k), run)
+            if other is not run:
+                raise UserError(
+                    f"{path}: runs: {run.name}: row {run.row} has k = {k} of {other.name} already, give both an at of "
+                    "their own"
+                )
+
+
+def _text(path: Path, place: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{path}: {place} {value}: must be a text")
+    return value
 
 
 def _numbers(path: Path, place: str, value: Any, least: int = 0) -> Tuple[int, ...]:

@@ -28,6 +28,11 @@ class Result(NamedTuple):
     trained_by: Sequence[Dict[str, Any]] = ()
     """The ``provenance`` of its training, several where it went on elsewhere."""
 
+    @property
+    def updates(self) -> int:
+        """What it was trained for: fewer than its ``--max-update`` where another option ended it."""
+        return int(self.logged.get("train_num_updates", self.run.updates))
+
 
 def read_results(folders: Sequence[RunFolder]) -> List[Result]:
     """What the runs that are done came to."""
@@ -47,7 +52,7 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
                 "name": result.run.name,
                 "row": result.run.row,
                 "seed": result.run.seed,
-                "updates": result.run.updates,
+                "updates": result.updates,
                 "options": result.run.options,
                 "trained_by": result.trained_by,
                 "sweep": [{**row, "checkpoint": Path(row["checkpoint"]).name} for row in result.sweep],
@@ -83,7 +88,7 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
         logged = [_cell([one[name] for one in own if name in one]) for name in experiment.logged]
         rows.append([row, *cells, *logged])
     seeds = sorted({result.run.seed for result in results})
-    updates = sorted({result.run.updates for result in results})
+    updates = sorted({result.updates for result in results})
     unknown = [name for name in experiment.logged if not any(name in result.logged for result in results)]
     spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
     about = [

@@ -8,7 +8,9 @@ from fairseq.logging import metrics
 
 from fairseq_hyperrouter.analysis import inspection, layer_numbers
 from fairseq_hyperrouter.analysis.inspection import inspect
+from fairseq_hyperrouter.analysis.seen import Seen
 from fairseq_hyperrouter.criterions.routing_metrics import log_routing, routing_sums
+from fairseq_hyperrouter.routing import Routing
 from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
 
 LOGGED = {
@@ -162,3 +164,18 @@ def test_what_is_not_finite_has_no_numbers():
     assert lost["jacobian_span"] is None and lost["output_similarity"][3] == [None] * 4
     assert lost["output_similarity"][0][0] == pytest.approx(1)
     assert None not in [lost["router_entropy"], whole["jacobian_span"], whole["hidden_rank"]]
+
+
+def test_top_tokens():
+    """Of six tokens expert 0 has two, expert 1 four: a third and two thirds of what each symbol would have by chance.
+
+    Expert 0 takes two of three "a", expert 1 both "b" and the one "c": more than its share, of "b" more often.
+    """
+    dictionary = ["<pad>", "a", "b", "c"]
+    token_ids, expert = torch.tensor([1, 1, 1, 2, 2, 3]), torch.tensor([[0], [0], [1], [1], [1], [1]])
+    routing = Routing(torch.zeros(6, 2), expert, torch.ones(6, 1))
+    first, second = inspection._top_tokens(
+        Seen(torch.arange(6), torch.zeros(6, 1), routing, token_ids, None), dictionary
+    )
+    assert first == [{"token": "a", "count": 2, "share": pytest.approx(2 / 3)}]
+    assert second == [{"token": "b", "count": 2, "share": 1}, {"token": "c", "count": 1, "share": 1}]

@@ -48,6 +48,12 @@ def test_table_of_dense_models_alone():
     assert cells[2] == ["dense", "12.25 (dense)", "3,000"]
 
 
+def test_a_training_that_ended_before_its_last_update():
+    """By --patience, say: what it was trained for counts, not what it was to be trained for."""
+    about = markdown(EXPERIMENT, [*RESULTS, result("c", 1, {1: 1.0}, train_num_updates=7.0)], "")
+    assert "; 7 or 9 updates; " in about
+
+
 def test_a_name_that_nothing_logged():
     """As a mistyped one."""
     mistyped = replace(EXPERIMENT, logged=("train_wps", "train_wpss"))
