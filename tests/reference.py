@@ -150,12 +150,28 @@ def margin(logits, chosen, padding=None):
     return total / len(tokens)
 
 
-def load_cv(logits, chosen, padding=None):
-    """Standard deviation over mean of the tokens per expert."""
+def loads(logits, chosen, padding=None):
+    """Tokens per expert."""
     tokens = counted(logits, chosen, padding)
-    load = [sum(list(c).count(i) for _, _, c in tokens) for i in range(logits.size(1))]
+    return [sum(list(c).count(i) for _, _, c in tokens) for i in range(logits.size(1))]
+
+
+def load_share(expert, *routing):
+    """Share of the assignments that one expert has."""
+    load = loads(*routing)
+    return load[expert] / sum(load)
+
+
+def load_cv(*routing):
+    """Standard deviation over mean of the tokens per expert."""
+    load = loads(*routing)
     mean = sum(load) / len(load)
     return math.sqrt(sum((n - mean) ** 2 for n in load) / len(load)) / mean
+
+
+def normalised_entropy(logits, *chosen):
+    """Entropy over ln E."""
+    return entropy(logits, *chosen) / math.log(logits.size(1))
 
 
 def of_layers(function, routings, padding):

@@ -32,11 +32,11 @@ def of_routing(seen: Seen) -> Dict[str, Any]:
     load, entropy = totals.expert_load(routing), metrics.entropy(routing).mean().item()
     return {
         "router_entropy": entropy,
-        "normalised_entropy": entropy / math.log(max(2, len(load))),
+        "normalised_entropy": entropy / metrics.largest_entropy(len(load)),
         "inner_balance": metrics.log_inner_balance(routing).mean().exp().item(),
         "outer_balance": metrics.outer_balance(routing).mean().item(),
         "margin": metrics.margin(routing).mean().item(),
-        "load": (load / load.sum()).tolist(),
+        "load": metrics.load_shares(load).tolist(),
         "load_imbalance": metrics.load_imbalance(load).item(),
         "load_cv": metrics.load_cv(load).item(),
         "unused_experts": int((load == 0).sum()),

@@ -66,10 +66,12 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
 
     With ``--moe-log-layers`` each of every layer too, moe_router_entropy_layer0 for the first, and
 
-    moe_load_cv_layer0        standard deviation of the experts' loads over their mean; 0 when even
-    moe_inner_balance_layer0  probability of a token's best expert over the second's, geometric mean
-    moe_outer_balance_layer0  probability of a token's chosen experts together
-    moe_margin_layer0         by how much the logits of a token's chosen experts are above those of the others
+    moe_normalised_entropy_layer0  router entropy over ln E
+    moe_load_expert0_layer0        share of the layer's assignments that the first expert has; 1 / E when even
+    moe_load_cv_layer0             standard deviation of the experts' loads over their mean; 0 when even
+    moe_inner_balance_layer0       probability of a token's best expert over the second's, geometric mean
+    moe_outer_balance_layer0       probability of a token's chosen experts together
+    moe_margin_layer0              by how much the logits of a token's chosen experts are above those of the others
     """
     outputs = [output for output in logging_outputs if "moe_load" in output]
     weight = sum(output["n_moe_layers"] for output in outputs)
@@ -81,10 +83,11 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     ran = tokens > 0  # (L,)
     num_layers = ran.sum().clamp(min=1)
     assignments = load.sum(dim=-1).clamp(min=1)
+    entropy = sums["moe_entropy"] / tokens
     per_layer = {
         "moe_top_k": (assignments / tokens, 2),
         "moe_balance_loss": (losses.balance(load, sums["moe_probability"]), 3),
-        "moe_router_entropy": (sums["moe_entropy"] / tokens, 3),
+        "moe_router_entropy": (entropy, 3),
         "moe_load_imbalance": (of_routing.load_imbalance(load), 2),
         "moe_unused_experts": ((load == 0).sum(dim=-1).to(load), 2),
         "moe_dropped": (sums["moe_dropped"] / assignments, 4),
@@ -94,11 +97,14 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
         metrics.log_scalar(name, mean, weight=weight, priority=600, round=digits)
     if names is _SUMS:
         return
+    per_layer["moe_normalised_entropy"] = (entropy / of_routing.largest_entropy(load.size(-1)), 3)
+    for expert, share in enumerate(of_routing.load_shares(load).t()):
+        per_layer[f"moe_load_expert{expert}"] = (share, 4)
     per_layer["moe_load_cv"] = (of_routing.load_cv(load), 3)
     per_layer["moe_inner_balance"] = ((sums["moe_inner_balance"] / tokens).exp(), 3)
     per_layer["moe_outer_balance"] = (sums["moe_outer_balance"] / tokens, 3)
     per_layer["moe_margin"] = (sums["moe_margin"] / tokens, 3)
-    layers = ran.nonzero().flatten().tolist()
     for name, (values, digits) in per_layer.items():
-        for layer in layers:
-            metrics.log_scalar(f"{name}_layer{layer}", values[layer], weight=weight, priority=700, round=digits)
+        for layer, (value, is_there) in enumerate(zip(values.tolist(), ran.tolist())):
+            if is_there:
+                metrics.log_scalar(f"{name}_layer{layer}", value, weight=weight, priority=700, round=digits)

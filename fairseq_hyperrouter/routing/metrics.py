@@ -16,6 +16,11 @@ def entropy(routing: Routing) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
+def largest_entropy(num_experts: int) -> float:
+    """ln E, what a normalised entropy is the share of; ln 2 with one expert, whose entropy is 0."""
+    return math.log(max(2, num_experts))
+
+
 def log_inner_balance(routing: Routing) -> Tensor:
     """(T,) ln (p1 / p2), of the probability of the best expert over that of the second (RMoE, arXiv 2408.06793).
 
@@ -51,15 +56,16 @@ def dropped(routing: Routing) -> Tensor:
     return not_kept.sum(dim=-1).to(routing.logits)
 
 
+def load_shares(load: Tensor) -> Tensor:
+    """(..., E) share of the assignments that each expert has, of (..., E) tokens per expert; 0 without tokens."""
+    return load / load.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
 def load_imbalance(load: Tensor) -> Tensor:
     """(...) load of the fullest expert over the mean, of (..., E) tokens per expert; 1 when even, 0 without tokens."""
-    return _shares(load).amax(dim=-1) * load.size(-1)
+    return load_shares(load).amax(dim=-1) * load.size(-1)
 
 
 def load_cv(load: Tensor) -> Tensor:
     """(...) coefficient of variation, standard deviation over mean, of (..., E) tokens per expert; 0 when even."""
-    return _shares(load).std(dim=-1, unbiased=False) * load.size(-1)
-
-
-def _shares(load: Tensor) -> Tensor:
-    return load / load.sum(dim=-1, keepdim=True).clamp(min=1)
+    return load_shares(load).std(dim=-1, unbiased=False) * load.size(-1)

@@ -15,6 +15,7 @@ from tests.tiny import tiny_dictionary, tiny_model, tiny_sample
 
 LOGGED = {
     "router_entropy": "moe_router_entropy",
+    "normalised_entropy": "moe_normalised_entropy",
     "inner_balance": "moe_inner_balance",
     "outer_balance": "moe_outer_balance",
     "margin": "moe_margin",
@@ -77,6 +78,8 @@ def test_the_report_measures_what_is_logged(options):
     for number, layer in enumerate(layers):
         for name, metric in LOGGED.items():
             assert layer[name] == pytest.approx(expected[f"{metric}_layer{number}"], abs=6e-3), name
+        shares = [expected[f"moe_load_expert{expert}_layer{number}"] for expert in range(4)]
+        assert layer["load"] == pytest.approx(shares, abs=1e-4)
         assert chosen[number].shape == (28, 4)
     if options["moe_router"] == "relu":
         assert all(layer["mean_top_k"] < 2 for layer in layers)

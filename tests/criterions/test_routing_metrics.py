@@ -1,3 +1,4 @@
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -64,14 +65,16 @@ def test_metrics_per_layer(options):
     for name, function in (
         ("balance_loss", reference.balance_loss),
         ("router_entropy", reference.entropy),
+        ("normalised_entropy", reference.normalised_entropy),
         ("load_cv", reference.load_cv),
+        *((f"load_expert{expert}", partial(reference.load_share, expert)) for expert in range(4)),
         ("inner_balance", reference.inner_balance),
         ("outer_balance", reference.outer_balance),
         ("margin", reference.margin),
     ):
         for layer, value in enumerate(reference.of_layers(function, routings, padding)):
             assert metric[f"moe_{name}_layer{layer}"] == pytest.approx(value, abs=1e-3), name
-    assert len(metric) == MEANS + len(routings) * (MEANS + 4)
+    assert len(metric) == MEANS + len(routings) * (MEANS + 9)
 
 
 def test_dropped_share():
