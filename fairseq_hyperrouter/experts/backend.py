@@ -14,7 +14,7 @@ from .dispatch import Dispatch, order_by_expert
 from .few_rows import expert_few_rows, serves
 from .grouped import expert_blocks, expert_grouped, expert_triton
 from .loop import expert_loop
-from .native_products import has_native, native_is_faster
+from .native_products import has_native
 from .runs import expert_native, expert_runs
 from .weights import ExpertWeights, Hidden
 
@@ -104,7 +104,7 @@ def _fastest(x: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> str:
     if x.device.type == "cpu":
         if can_group and x.dtype == torch.float32 and _has_little_to_do(dispatch, weights):
             return "grouped"
-        return "native" if native_is_faster() else "runs"
+        return "native" if has_native() else "runs"
     if x.device.type != "cuda":
         return "loop"
     # Elsewhere torch's grouped_mm copies the counts to the host and loops.

@@ -61,14 +61,14 @@ def has_native() -> bool:
     return native is not None
 
 
-def native_is_faster() -> bool:
-    """Whether it beats torch's products: where those are MKL's, which leave an AMD's AVX-512 units unused."""
+def torch_keeps_to_avx2() -> bool:
+    """Whether torch's products, MKL's, leave AVX-512 units unused, as they do on AMD's processors."""
     return native is not None and bool(native.amd)
 
 
 def serves_inference(*tensors: Tensor) -> bool:
-    """Whether C code of ours can compute with *tensors*, and is faster, where no derivative is asked for."""
-    return native_is_faster() and may_use_addresses(*tensors) and product_dtype(tensors[0]) == torch.float32
+    """Whether C code of ours can compute with *tensors* where no derivative is asked for."""
+    return native is not None and may_use_addresses(*tensors) and product_dtype(tensors[0]) == torch.float32
 
 
 def _address(tensor: Optional[Tensor]) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.native_products import serves_inference
+from fairseq_hyperrouter.experts.native_products import serves_inference, torch_keeps_to_avx2
 from fairseq_hyperrouter.native import causal_attention as native
 
 from .linear import Linear
@@ -16,7 +16,9 @@ from .linear import Linear
 KEY_BLOCK = 512
 """What the mask hides torch's kernel for CPUs leaves out in blocks of so many keys."""
 SHORTEST = 64
-"""Context that our C code is faster with than torch, whatever the heads."""
+"""Context that our C code is faster with than torch's AVX2, whatever the heads."""
+SMALLEST = 4096
+"""Context times width of a head that it is faster with than torch's AVX-512."""
 PIECE = 128
 """Queries of one call, where a context is no longer than a block."""
 
@@ -27,8 +29,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
     1. On a GPU, and where whole blocks of keys are hidden, torch leaves out what it can.
     2. Of a short context on a CPU it leaves out nothing. There, but in the shortest, the queries go in pieces, each
        with the keys that its last one sees; at T = 512 that takes 0.7 to 0.9 of the time.
-    3. At inference, in float32 on an AMD's CPU, C code of ours (causal_attention.c) takes 0.6 of that again. Not in
-       training even without gradients: checkpointed activations are computed again with them, and must be the same.
+    3. At inference, in float32 on a CPU with AVX-512, C code of ours (causal_attention.c) takes 0.6 of that again. Not
+       in training even without gradients: checkpointed activations are computed again with them, and must be the same.
     """
     if not training and _serves(q, k, v, dropout):
         return _native(q, k, v)
@@ -48,8 +50,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, trai
 
 def _serves(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether ``_native`` can compute this, and is faster."""
-    fits = native is not None and len(q) >= SHORTEST and q.size(3) <= native.widest
-    return fits and not dropout and serves_inference(q, k, v)
+    T, _, _, d = q.shape
+    faster = T >= SHORTEST and (torch_keeps_to_avx2() or T * d >= SMALLEST)
+    return native is not None and faster and d <= native.widest and not dropout and serves_inference(q, k, v)
 
 
 @torch.no_grad()

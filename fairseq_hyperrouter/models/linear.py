@@ -1,4 +1,4 @@
-"""Linear maps whose products are ours at inference on an AMD's CPU.
+"""Linear maps whose products are ours at inference where torch's keep to AVX2.
 
 Dimensions: I inputs, O outputs.
 """
@@ -6,7 +6,7 @@ Dimensions: I inputs, O outputs.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference
+from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference, torch_keeps_to_avx2
 from fairseq_hyperrouter.experts.run_products import Rows
 
 LEAST_ROWS = 16
@@ -33,7 +33,8 @@ class Linear(nn.Linear):
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         many = self.out_features >= LEAST_OUTPUTS and x.numel() >= LEAST_ROWS * self.in_features
         many = many and x.size(-1) == self.in_features
-        if self.training or not many or not serves_inference(x, *parameters):
+        faster = not self.training and many and torch_keeps_to_avx2()
+        if not faster or not serves_inference(x, *parameters):
             return F.linear(x, self.weight, self.bias)
         rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()

@@ -277,19 +277,19 @@ def test_choice_is_logged_once(caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
-    name = "native" if backends.native_is_faster() else "runs"
+    name = "native" if backends.has_native() else "runs"
     assert [record.message for record in caplog.records] == [
         f"experts are computed by the backend {name} (cpu, float32)"
     ]
 
 
-@pytest.mark.parametrize("faster, name", [(False, "runs"), (True, "native")])
-def test_choice_on_a_cpu(monkeypatch, faster, name):
+@pytest.mark.parametrize("compiled, name", [(False, "runs"), (True, "native")])
+def test_choice_on_a_cpu(monkeypatch, compiled, name):
     """Many small experts with few rows are computed together, where ``grouped_mm`` can; else one after the other."""
-    if faster:
+    if compiled:
         bank(name)  # skips where there is none
     names = []
-    monkeypatch.setattr(backends, "native_is_faster", lambda: faster)
+    monkeypatch.setattr(backends, "has_native", lambda: compiled)
     monkeypatch.setattr(backends, "_log_once", lambda name, x: names.append(name))
 
     def chosen(tokens, used=16, num_experts=16, embed_dim=64, ffn_embed_dim=128, dtype=torch.float32):

@@ -134,6 +134,6 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
 
 def test_not_compiled(monkeypatch):
     monkeypatch.setattr(native_products, "native", None)
-    assert not native_products.native_is_faster()
+    assert not native_products.has_native() and not native_products.torch_keeps_to_avx2()
     with pytest.raises(UserError, match="--moe-backend native: needs a processor with AVX-512, and a C compiler"):
         backend.check_backend("--moe-backend", "native")

@@ -6,7 +6,6 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import causal_attention as module
 from fairseq_hyperrouter.models.causal_attention import CausalSelfAttention, causal_attention
 
@@ -177,7 +176,8 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
     used = []
     plain = module._native
     monkeypatch.setattr(module, "_native", lambda *inputs: (used.append(len(inputs)), plain(*inputs))[1])
-    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
+    avx2_only = [True]
+    monkeypatch.setattr(module, "torch_keeps_to_avx2", lambda: avx2_only[0])
     q, k, v = (torch.randn(module.SHORTEST, 2, 2, 4) for _ in range(3))
 
     def is_used(*inputs: Tensor, dropout: float = 0.0, training: bool = False) -> bool:
@@ -200,19 +200,25 @@ def test_when_our_c_code_is_used(monkeypatch) -> None:
     wide = [torch.randn(len(q), 1, 1, module.native.widest + 1) for _ in range(3)]
     assert not is_used(*wide)
     assert not is_used(q[1:], k[1:], v[1:])
-    monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
+    avx2_only[0] = False
     assert not is_used()
-    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
+    longer = [torch.randn(module.SMALLEST // 16, 1, 1, 16) for _ in range(3)]
+    assert is_used(*longer)
+    assert not is_used(*(one[1:] for one in longer))
+    assert not is_used(*(one.view(module.SHORTEST // 2, 1, 1, -1) for one in longer))
+    avx2_only[0] = True
     monkeypatch.setattr(module, "native", None)
     assert not is_used()
 
 
 @compiled
 def test_the_layer_is_the_same_with_our_c_code(monkeypatch) -> None:
-    attention = CausalSelfAttention(32, 4, self_attention=True).eval()
-    x, mask = torch.randn(45, 2, 32), torch.full((45, 45), float("-inf")).triu(1)
+    T = module.SMALLEST // 32
+    attention = CausalSelfAttention(64, 2, self_attention=True).eval()
+    x, mask = torch.randn(T, 2, 64), torch.full((T, T), float("-inf")).triu(1)
     call = {"query": x, "key": x, "value": x, "attn_mask": mask, "need_weights": False}
     with torch.no_grad():
         found = attention(**call)[0]
         monkeypatch.setattr(module, "native", None)
+        assert not torch.equal(found, attention(**call)[0])  # it was used
         torch.testing.assert_close(found, attention(**call)[0], rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ def used(monkeypatch) -> list:
     rows, plain = [], module.NativeProducts.rows
     count = staticmethod(lambda which, *others, **named: (rows.append(which.n), plain(which, *others, **named))[1])
     monkeypatch.setattr(module.NativeProducts, "rows", count)
-    monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
+    monkeypatch.setattr(module, "torch_keeps_to_avx2", lambda: True)
     return rows
 
 
@@ -88,8 +88,8 @@ def test_when_products_of_ours_are_used(used, monkeypatch) -> None:
             assert linear(x).dtype == torch.bfloat16
         with forward_ad.dual_level():
             assert not is_used(forward_ad.make_dual(x, torch.ones_like(x)))
-        monkeypatch.setattr(native_products, "native_is_faster", lambda: False)
+        monkeypatch.setattr(module, "torch_keeps_to_avx2", lambda: False)
         assert not is_used(x)
-        monkeypatch.setattr(native_products, "native_is_faster", lambda: True)
+        monkeypatch.setattr(module, "torch_keeps_to_avx2", lambda: True)
         linear.double()
         assert not is_used(x.double())
