@@ -5,10 +5,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Sequence
 
 from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.experiments import check_run, read_experiment, run_experiment
+from fairseq_hyperrouter.experiments import Experiment, check_run, read_experiment, run_experiment
 
 from .evaluating import DATA, integers, show
 
@@ -21,6 +22,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help=f"{DATA['help']} (default: the setting's)")
     parser.add_argument("--seeds", metavar="N,N", help="as in 1,2,3 (default: the setting's)")
     parser.add_argument(
+        "--row", action="append", metavar="ROW", help="only the runs of this row of the table; again for one more"
+    )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="ROW",
+        help="show how far the other rows are from this one, seed by seed; again for one more",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where everything goes (default: runs/NAME OF THE FILE/SETTING)"
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
@@ -29,6 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.file, args.setting, integers("--seeds", args.seeds))
+    if args.row:
+        _check_rows(args.file, "--row", args.row, experiment)
+        experiment = experiment.only(args.row)
+    _check_rows(args.file, "--against", args.against, experiment)
     data = args.data or experiment.data
     if data is None:
         raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
@@ -39,8 +54,14 @@ def run(args: argparse.Namespace) -> int:
         check_run(f"{args.file}: runs: {name}", run, experiment, data)
     out = args.out or Path("runs", args.file.stem, experiment.setting)
     command = shlex.join(["fairseq-hyperrouter", *sys.argv[1:]])
-    failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command)
+    failed = run_experiment(experiment, data, out, jobs=args.jobs, cpu=args.cpu, command=command, against=args.against)
     table = out / "results.md"
     if table.exists():
         show(table.read_text(), [table.with_suffix(suffix) for suffix in (".json", ".md", ".png")])
     return 1 if failed else 0
+
+
+def _check_rows(file: Path, option: str, names: Sequence[str], experiment: Experiment) -> None:
+    for name in names:
+        if name not in experiment.rows:
+            raise UserError(f"{option} {name}: {file} has the rows {' / '.join(experiment.rows)}")

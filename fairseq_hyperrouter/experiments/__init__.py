@@ -6,6 +6,7 @@ check.py        whether it can be trained and evaluated
 run_folder.py   what is done of a run
 provenance.py   what trained it
 results.py      what the runs came to
+comparison.py   one row of it against the others
 processes.py    commands in processes of their own
 progress.py     the bar
 runner.py       all of it

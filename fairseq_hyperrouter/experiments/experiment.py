@@ -21,7 +21,7 @@ that file, beside this one, and this one says what is more or different.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -73,6 +73,15 @@ class Experiment:
     runs: Tuple[Run, ...]
     split: str = "test"
     """Where they are evaluated."""
+
+    @property
+    def rows(self) -> Tuple[str, ...]:
+        """Of its table, from the first to the last."""
+        return tuple(dict.fromkeys(run.row for run in self.runs))
+
+    def only(self, rows: Sequence[str]) -> "Experiment":
+        """What it is without the runs of other *rows*."""
+        return replace(self, runs=tuple(run for run in self.runs if run.row in rows))
 
 
 def read_experiment(path: Path, setting: Optional[str] = None, seeds: Optional[Sequence[int]] = None) -> Experiment:

@@ -4,11 +4,12 @@ import json
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
 
+from .comparison import comparison
 from .experiment import Experiment, Run
 from .provenance import machine_of, software_of
 from .run_folder import LOGGED, SWEEP, RunFolder
@@ -39,7 +40,9 @@ def read_results(folders: Sequence[RunFolder]) -> List[Result]:
     return [Result(one.run, one.read(SWEEP), one.read(LOGGED), one.trained_by) for one in folders if one.is_evaluated]
 
 
-def write_results(experiment: Experiment, results: Sequence[Result], folder: Path, command: str) -> List[Path]:
+def write_results(
+    experiment: Experiment, results: Sequence[Result], folder: Path, command: str, against: Sequence[str] = ()
+) -> List[Path]:
     """Write results.json, .md and .png into *folder*, each whole even when two runners do; return their paths."""
     if not results:
         return []
@@ -61,29 +64,33 @@ def write_results(experiment: Experiment, results: Sequence[Result], folder: Pat
             for result in results
         ],
     }
-    figure = metric_curves(collected(experiment, results), experiment.metric.replace("_", " "), experiment.title)
+    values = {row: {k: (*of.values(),) for k, of in at.items()} for row, at in collected(experiment, results).items()}
+    figure = metric_curves(values, experiment.metric.replace("_", " "), experiment.title)
     paths = [folder / f"results.{kind}" for kind in ("json", "md", "png")]
     with TemporaryDirectory(prefix="results.", dir=folder) as unfinished:
         numbers, table, picture = new = [Path(unfinished, path.name) for path in paths]
         numbers.write_text(json.dumps(content, indent=1) + "\n")
-        table.write_text(markdown(experiment, results, command) + "\n")
+        table.write_text(markdown(experiment, results, command, against) + "\n")
         figure.savefig(picture, dpi=120)
         for one, path in zip(new, paths):
             one.replace(path)
     return paths
 
 
-def markdown(experiment: Experiment, results: Sequence[Result], command: str) -> str:
-    """The table, with what it is about above it: metric at every k, mean ± standard deviation over the seeds."""
+def markdown(experiment: Experiment, results: Sequence[Result], command: str, against: Sequence[str] = ()) -> str:
+    """The table, with what it is about above it: metric at every k, mean ± standard deviation over the seeds.
+
+    Below it one table for each of the rows *against* which the others are to be compared.
+    """
     values = collected(experiment, results)
     top_k = sorted({k for row in values.values() for k in row if k is not DENSE})
     numbers = [*map(str, top_k)] or [""]  # where only dense models are done
     head = [f"{experiment.metric.replace('_', ' ')} at k =", *numbers, *map(_column, experiment.logged)]
     rows = [head]
     for row, at in values.items():
-        cells = [_cell(at.get(k, ())) for k in top_k]
+        cells = [_cell([*at.get(k, {}).values()]) for k in top_k]
         if DENSE in at:
-            cells = [f"{_cell(at[DENSE])} (dense)", *[""] * (len(numbers) - 1)]
+            cells = [f"{_cell([*at[DENSE].values()])} (dense)", *[""] * (len(numbers) - 1)]
         own = [result.logged for result in results if result.run.row == row]
         logged = [_cell([one[name] for one in own if name in one]) for name in experiment.logged]
         rows.append([row, *cells, *logged])
@@ -98,17 +105,18 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str) ->
         f"`{command}`" if command else "",
         markdown_table(rows),
         f"No training logged {', '.join(unknown)}: results.json has the names of what they did log." if unknown else "",
+        *(comparison(values, row, experiment.metric) for row in against if row in values),
     ]
     return "\n\n".join(part for part in about if part)
 
 
-def collected(experiment: Experiment, results: Sequence[Result]) -> Dict[str, Dict[Optional[int], Tuple[float, ...]]]:
-    """{row: {k: the metric of every seed}}, in the order of the file."""
-    values: Dict[str, Dict[Optional[int], Tuple[float, ...]]] = {}
+def collected(experiment: Experiment, results: Sequence[Result]) -> Dict[str, Dict[Optional[int], Dict[int, float]]]:
+    """{row: {k: {seed: metric}}}, in the order of the file."""
+    values: Dict[str, Dict[Optional[int], Dict[int, float]]] = {}
     for result in results:
         row = values.setdefault(result.run.row, {})
         for found in result.sweep:
-            row[found["top_k"]] = (*row.get(found["top_k"], ()), found[experiment.metric])
+            row.setdefault(found["top_k"], {})[result.run.seed] = found[experiment.metric]
     return values
 
 

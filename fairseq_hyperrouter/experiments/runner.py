@@ -18,14 +18,22 @@ from .run_folder import STARTED, RunFolder
 
 
 def run_experiment(
-    experiment: Experiment, data: str, out: Path, *, jobs: int = 1, cpu: bool = False, command: str = ""
+    experiment: Experiment,
+    data: str,
+    out: Path,
+    *,
+    jobs: int = 1,
+    cpu: bool = False,
+    command: str = "",
+    against: Sequence[str] = (),
 ) -> int:
     """Do all that is not done yet and return how many runs failed.
 
     1. Every run has a folder in *out*. One that holds its results is done; one that holds a checkpoint goes on there.
     2. ``fairseq-train`` in a process of its own, *jobs* at a time, each with its share of the threads; then
        ``fairseq-hyperrouter sweep`` at the experts per token that the file names.
-    3. After every run, and at the end: *out*/results.json, .md and .png of what is done.
+    3. After every run, and at the end: *out*/results.json, .md and .png of what is done, with the table's rows
+       compared with each of those named in *against*.
 
     A run that fails is reported and the others go on. Whatever ends the runner, the next one continues; a training
     that outlives its runner is waited for, not started a second time.
@@ -49,7 +57,7 @@ def run_experiment(
                 if failure:
                     failures.append(failure)
                     bar.write(failure, file=bar.fp)
-                write_results(experiment, read_results(folders), out, command)
+                write_results(experiment, read_results(folders), out, command, against)
         except BaseException:
             processes.end()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -100,9 +100,17 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     assert f"wrote {out}/results.png" in result.out and re.search(r"\|  *smoe \|", result.out)
     before = (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime
     del runs["bad"]
-    again = experiment(file(runs), data, out)
+    again = experiment(file(runs), data, out, "--against", "dense")
     assert again.code == 0 and perplexities(out) == found
+    assert "Against dense, in % of its perplexity" in (out / "results.md").read_text()
     assert (out / "smoe-seed1" / "checkpoint_last.pt").stat().st_mtime == before
+
+    one = experiment(file(runs), data, out, "--row", "smoe")
+    assert one.code == 0 and perplexities(out) == {"smoe": found["smoe"]} and "dense" not in one.out
+    no_row = experiment(file(runs), data, out, "--row", "moe")
+    assert no_row.code == 1 and no_row.last_line.endswith(f"--row moe: {file(runs)} has the rows dense / smoe")
+    left_out = experiment(file(runs), data, out, "--row", "smoe", "--against", "dense")
+    assert left_out.code == 1 and left_out.last_line.endswith(f"--against dense: {file(runs)} has the rows smoe")
 
     runs["smoe"]["lr-schedular"] = "cosine"
     misspelt = experiment(file(runs), data, out)
