@@ -82,7 +82,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     tokens, load = sums["moe_tokens"], sums["moe_load"]
     ran = tokens > 0  # (L,)
     num_layers = ran.sum().clamp(min=1)
-    assignments = load.sum(dim=-1).clamp(min=1)
+    assignments = load.sum(dim=-1)
     entropy = sums["moe_entropy"] / tokens
     per_layer = {
         "moe_top_k": (assignments / tokens, 2),
@@ -90,7 +90,7 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
         "moe_router_entropy": (entropy, 3),
         "moe_load_imbalance": (of_routing.load_imbalance(load), 2),
         "moe_unused_experts": ((load == 0).sum(dim=-1).to(load), 2),
-        "moe_dropped": (sums["moe_dropped"] / assignments, 4),
+        "moe_dropped": (sums["moe_dropped"] / assignments.clamp(min=1), 4),
     }
     for name, (values, digits) in per_layer.items():
         mean = values.masked_fill(~ran, 0.0).sum() / num_layers
@@ -104,7 +104,8 @@ def log_routing(logging_outputs: List[Dict[str, Any]]) -> None:
     per_layer["moe_inner_balance"] = ((sums["moe_inner_balance"] / tokens).exp(), 3)
     per_layer["moe_outer_balance"] = (sums["moe_outer_balance"] / tokens, 3)
     per_layer["moe_margin"] = (sums["moe_margin"] / tokens, 3)
-    for name, (values, digits) in per_layer.items():
-        for layer, (value, is_there) in enumerate(zip(values.tolist(), ran.tolist())):
+    numbers = torch.stack([ran.to(load), *(values for values, _ in per_layer.values())]).tolist()  # one copy from a GPU
+    for (name, (_, digits)), values in zip(per_layer.items(), numbers[1:]):
+        for layer, (value, is_there) in enumerate(zip(values, numbers[0])):
             if is_there:
                 metrics.log_scalar(f"{name}_layer{layer}", value, weight=weight, priority=700, round=digits)

@@ -16,7 +16,7 @@ LEAST_OUTPUTS = 64
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, with the products that experts have (native/run_products.c), half of the time of torch's.
+    """y = x W^T + b; where torch's keep to AVX2 with the products that experts have (run_products.c), in half the time.
 
     Not in training even without gradients: checkpointed activations are computed again with them, and must be the same.
     """

@@ -6,6 +6,7 @@ import torch
 from fairseq.logging import metrics
 
 from fairseq_hyperrouter.criterions.routing_metrics import log_routing, routing_sums
+from fairseq_hyperrouter.routing import Routing
 from tests import reference
 from tests.tiny import tiny_model, tiny_sample
 
@@ -81,6 +82,24 @@ def test_dropped_share():
     model = tiny_model(moe_capacity_factor=0.5, moe_top_k=4)
     routings = model(**tiny_sample()["net_input"])[1]["routing"]
     assert reduced([sums(routings)])["moe_dropped"] == 0.5  # every expert is chosen 14 times and takes 7
+
+
+def test_tokens_without_an_expert():
+    """As a relu router may have them: none per token, no load, nothing dropped."""
+    nobody = Routing(
+        torch.zeros(5, 4), torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1), chosen=torch.zeros(5, 1) > 0
+    )
+    metric = reduced([sums([nobody], per_layer=True)])
+    assert metric["moe_top_k"] == metric["moe_top_k_layer0"] == metric["moe_load_expert3_layer0"] == 0
+    assert metric["moe_dropped"] == 0 and metric["moe_unused_experts"] == 4
+
+
+def test_one_expert():
+    """It has all the load, and a router of one is never undecided."""
+    alone = Routing(torch.randn(5, 1), torch.zeros(5, 1, dtype=torch.long), torch.ones(5, 1))
+    metric = reduced([routing_sums([alone], 1, torch.device("cpu"), per_layer=True)])
+    assert metric["moe_load_expert0_layer0"] == metric["moe_load_imbalance"] == 1
+    assert metric["moe_normalised_entropy_layer0"] == metric["moe_load_cv_layer0"] == 0
 
 
 def test_layers_left_out_count_nowhere():

@@ -290,7 +290,8 @@ def test_tensorboard_shows_every_layer(data, tmp_path):
     options = ["--moe-log-layers", "--tensorboard-logdir", tmp_path, "--max-update", 2]
     logged = train(data, None, *options, validate=True).logged("train_inner")
     drawn = events(tmp_path / "train_inner")
-    for name in ("moe_router_entropy", "moe_load_imbalance", "moe_margin", "moe_inner_balance", "moe_load_expert7"):
+    names = "router_entropy", "load_imbalance", "load_cv", "load_expert7", "margin", "inner_balance"
+    for name in map("moe_{}".format, names):
         for layer in (0, 1):
             values = drawn[f"{name}_layer{layer}"]
             assert [entry[f"{name}_layer{layer}"] for entry in logged] == pytest.approx([values[1], values[2]])
