@@ -62,7 +62,7 @@ def has_native() -> bool:
 
 
 def torch_keeps_to_avx2() -> bool:
-    """Whether torch's products, MKL's, leave units unused that ours use, as they do on AMD's processors with AVX-512."""
+    """Whether torch's products, MKL's, leave AVX-512 units unused that ours use: those of AMD's."""
     return native is not None and bool(native.amd)
 
 
