@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Sequence
 
 from fairseq_hyperrouter.checks.data_folder import check_folders, check_split
 from fairseq_hyperrouter.errors import UserError
@@ -22,7 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help=f"{DATA['help']} (default: the setting's)")
     parser.add_argument("--seeds", metavar="N,N", help="as in 1,2,3 (default: the setting's)")
     parser.add_argument(
-        "--row", action="append", metavar="ROW", help="only the runs of this row of the table; again for one more"
+        "--row",
+        action="append",
+        default=[],
+        metavar="ROW",
+        help="only the runs of this row of the table; again for one more",
     )
     parser.add_argument(
         "--against",
@@ -40,10 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.file, args.setting, integers("--seeds", args.seeds))
-    if args.row:
-        _check_rows(args.file, "--row", args.row, experiment)
-        experiment = experiment.only(args.row)
-    _check_rows(args.file, "--against", args.against, experiment)
+    _check_rows(args, experiment)
+    experiment = experiment.only(args.row or experiment.rows)
     data = args.data or experiment.data
     if data is None:
         raise UserError(f"--data: is needed, {args.file} names none for {experiment.setting}")
@@ -61,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check_rows(file: Path, option: str, names: Sequence[str], experiment: Experiment) -> None:
-    for name in names:
-        if name not in experiment.rows:
-            raise UserError(f"{option} {name}: {file} has the rows {' / '.join(experiment.rows)}")
+def _check_rows(args: argparse.Namespace, experiment: Experiment) -> None:
+    for option, names in (("--row", args.row), ("--against", args.against)):
+        for name in names:
+            if name not in experiment.rows:
+                raise UserError(f"{option} {name}: {args.file} has the rows {' / '.join(experiment.rows)}")
+    for name in args.against:
+        if args.row and name not in args.row:
+            raise UserError(f"--against {name}: is left out by --row, add --row {shlex.quote(name)}")

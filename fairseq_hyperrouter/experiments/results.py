@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
 
-from .comparison import comparison
+from .comparison import comparison, listed
 from .experiment import Experiment, Run
 from .provenance import machine_of, software_of
 from .run_folder import LOGGED, SWEEP, RunFolder
@@ -99,13 +99,13 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str, ag
     unknown = [name for name in experiment.logged if not any(name in result.logged for result in results)]
     spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
     about = [
-        f"**{experiment.title}** ({experiment.setting}; {_listed('seed', seeds)}; {' or '.join(map(str, updates))} "
+        f"**{experiment.title}** ({experiment.setting}; {listed('seed', seeds)}; {' or '.join(map(str, updates))} "
         f"updates; {_trained_by('machine', machine_of, results)}; {_trained_by('version', software_of, results)})."
         f"{spread}",
         f"`{command}`" if command else "",
         markdown_table(rows),
         f"No training logged {', '.join(unknown)}: results.json has the names of what they did log." if unknown else "",
-        *(comparison(values, row, experiment.metric) for row in against if row in values),
+        *(comparison(values, row, experiment.metric) for row in dict.fromkeys(against) if row in values),
     ]
     return "\n\n".join(part for part in about if part)
 
@@ -139,7 +139,3 @@ def _cell(values: Sequence[float]) -> str:
 
 def _column(name: str) -> str:
     return name.replace("train_wps", "training tokens/s").replace("valid_moe_", "").replace("_", " ")
-
-
-def _listed(what: str, numbers: Sequence[int]) -> str:
-    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -110,7 +110,9 @@ def test_trains_evaluates_and_reports(file, data, tmp_path):
     no_row = experiment(file(runs), data, out, "--row", "moe")
     assert no_row.code == 1 and no_row.last_line.endswith(f"--row moe: {file(runs)} has the rows dense / smoe")
     left_out = experiment(file(runs), data, out, "--row", "smoe", "--against", "dense")
-    assert left_out.code == 1 and left_out.last_line.endswith(f"--against dense: {file(runs)} has the rows smoe")
+    assert left_out.code == 1 and left_out.last_line.endswith("--against dense: is left out by --row, add --row dense")
+    unknown = experiment(file(runs), data, out, "--against", "smo")
+    assert unknown.code == 1 and unknown.last_line.endswith(f"--against smo: {file(runs)} has the rows dense / smoe")
 
     runs["smoe"]["lr-schedular"] = "cosine"
     misspelt = experiment(file(runs), data, out)

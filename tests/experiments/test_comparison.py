@@ -23,15 +23,34 @@ def test_perplexity_in_percent_of_the_same_seeds():
     assert head == ["against base at k =", "1", "2", "4"]
     assert rest == [
         ["other", "+0.0 (-10.0 to +10.0)", "", ""],
-        ["dense", "-47.5 (-50.0 to -45.0)", "+10.0", ""],
+        ["dense", "-47.5 (-50.0 to -45.0; seeds 1, 2)", "+10.0 (seed 1)", ""],
     ]
 
 
 def test_against_a_model_without_experts():
     head, _, base, other = cells(comparison(ROWS, "dense", "perplexity"))
     assert head[0] == "against dense at k ="
-    assert base == ["base", "+90.9 (+81.8 to +100.0)", "-9.1", ""]
-    assert other == ["other", "+81.8 (+63.6 to +100.0)", "-50.0", "-45.5"]
+    assert base == ["base", "+90.9 (+81.8 to +100.0; seeds 1, 2)", "-9.1 (seed 1)", ""]
+    assert other == ["other", "+81.8 (+63.6 to +100.0; seeds 1, 2)", "-50.0 (seed 2)", "-45.5 (seed 1)"]
+
+
+def test_models_without_experts_alone():
+    dense = {"a": {None: {1: 10.0, 2: 10.0}}, "b": {None: {1: 9.0, 2: 11.0}}}
+    assert cells(comparison(dense, "a", "perplexity"))[::2] == [
+        ["against a at k =", ""],
+        ["b", "+0.0 (-10.0 to +10.0)"],
+    ]
+
+
+def test_without_another_row():
+    assert comparison({"base": ROWS["base"]}, "base", "perplexity") == ""
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_training_that_diverged(bad):
+    rows = {"base": {1: {1: 2.0, 2: 2.0}}, "other": {1: {1: 1.0, 2: bad}}}
+    for base, other in ("base", "other"), ("other", "base"):
+        assert cells(comparison(rows, base, "perplexity"))[2] == [other, "nan"]
 
 
 @pytest.mark.parametrize("metric", ["bits_per_character", "bits_per_token"])

@@ -45,6 +45,15 @@ def test_runs(tmp_path):
     assert [(run.seed, run.updates) for run in large.runs] == [(7, 10), (7, 10)]
 
 
+def test_only_some_rows(tmp_path):
+    """By the row's name, which is not that of its runs."""
+    more = {**CONTENT["runs"], "Hyper (k = 2)": {"row": "specialists", "at": [2]}}
+    experiment = read_experiment(written(tmp_path, runs=more), seeds=[1])
+    assert experiment.rows == ("SMoE", "specialists")
+    assert [run.name for run in experiment.only(["specialists"]).runs] == ["Hyper (k = 1)", "Hyper (k = 2)"]
+    assert experiment.only(experiment.rows) == experiment and not experiment.only(["Hyper (k = 1)"]).runs
+
+
 def test_based_on_another(tmp_path):
     """All but the runs is the other's, at every depth, where this one does not say otherwise."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(CONTENT, sort_keys=False))

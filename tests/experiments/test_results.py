@@ -65,7 +65,7 @@ def test_a_name_that_nothing_logged():
 def test_rows_against_one():
     """Below the table, where something is done of that row."""
     base, dense = markdown(EXPERIMENT, RESULTS, "", ["a", "dense", "not done"]).split("\n\n")[3::2]
-    assert base.startswith("| against a at k =") and "| -52.5 |" in base  # b at k = 1: 9.5 of 20
+    assert base.startswith("| against a at k =") and "| -52.5 (seed 1) |" in base  # 9.5 of 20
     assert dense.startswith("| against dense at k =")
 
 
