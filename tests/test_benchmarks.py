@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import generation, growth, harness, layer
+from benchmarks import generation, growth, harness, layer, native
 from benchmarks.harness import interleaved
 from benchmarks.layer import draw, forget, step
 from benchmarks.models import TINY, stock
@@ -53,7 +53,9 @@ def test_peak_memory_beside_grouped_mm(backend, top_k, share):
 
 
 @pytest.mark.skipif(not HAS_GROUPED_MM, reason="this torch has no grouped_mm to compare with")
-@pytest.mark.parametrize("benchmark", [layer, growth, generation], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [layer, growth, generation, *[native] * has_native()], ids=lambda module: module.__name__
+)
 def test_benchmark(benchmark, monkeypatch, tmp_path, capsys):
     name = benchmark.__name__.rpartition(".")[2]
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
