@@ -27,8 +27,7 @@ _REFUSALS = (Exception, AssertionError, ImportError, NotImplementedError, ValueE
 
 def explain(error: BaseException) -> Optional[str]:
     """The user's mistake behind *error* in one line; None when it is not one."""
-    chain = list(_chain(error))
-    for link in chain:  # stock fairseq wraps some of ours in a vaguer one
+    for link in _chain(error):  # stock fairseq wraps some of ours in a vaguer one
         if isinstance(link, WrongCheckpoint):
             return f"checkpoint {_local(link, 'filename', '')} {link}"
         if isinstance(link, UserError):
@@ -37,7 +36,7 @@ def explain(error: BaseException) -> Optional[str]:
             found = re.findall(r"^fairseq_hyperrouter\.errors\.\w+: (.*)$", str(link), flags=re.MULTILINE)
             if found:
                 return found[-1]
-    for link in chain:
+    for link in _chain(error, handled=False):  # what was handled before another error came is no mistake of a user's
         message = _explain_stock(link)
         if message is not None:
             return " ".join(message.split())
@@ -61,10 +60,11 @@ def one_line_errors() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else fairseq-hydra-train prints a traceback of its own
 
 
-def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
+def _chain(error: Optional[BaseException], handled: bool = True) -> Iterator[BaseException]:
+    """*error* and what it was raised from; with *handled* also what was being handled when it was raised."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__ or (error.__context__ if handled and not error.__suppress_context__ else None)
 
 
 def _explain_stock(error: BaseException) -> Optional[str]:
@@ -73,6 +73,8 @@ def _explain_stock(error: BaseException) -> Optional[str]:
     text = str(error)
     if isinstance(error, (ConfigKeyError, ValidationError)):
         option = option_name(str(error.full_key or "").rpartition(".")[2])
+        if "'ListConfig' to string" in text:
+            return f"{option}: must be a text, as in '1,8'"
         return f"{option}: {text.splitlines()[0]}"
     if isinstance(error, ValueError) and text.startswith("Seed must be"):
         return f"--seed: {text}"

@@ -77,6 +77,9 @@ def upcycle(model: nn.Module, path: str) -> None:
     if any(".moe." in name for name in dense):
         raise UserError(f"{OPTION} {path}: has experts already, give a dense model's checkpoint")
     wanted = saved_tensors(model)
+    if any("_fsdp_wrapped_module" in name for name in wanted):  # one flat tensor per layer
+        options = "--checkpoint-activations, or with --min-params-to-wrap as low as this"
+        raise UserError(f"{OPTION} {path}: not with --ddp-backend fully_sharded and {options}")
     found: Dict[str, Tensor] = {}
     for name, value in wanted.items():
         source = re.sub(r"\.moe\.experts\.(weight|bias)([12])$", r".fc\2.\1", name)

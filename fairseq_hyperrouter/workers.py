@@ -14,15 +14,16 @@ def number_of_workers() -> int:
 
 
 @contextmanager
-def gives_up_without_memory(divides_experts: bool) -> Iterator[None]:
-    """With *divides_experts*, raise a UserError where memory runs out inside the ``with`` block.
+def gives_up_without_memory() -> Iterator[None]:
+    """One of several workers raises a UserError where memory runs out inside the ``with`` block.
 
-    Stock fairseq leaves the batch out and goes on, while the other workers wait for the tokens of this one.
+    Stock fairseq leaves the batch out, but the other workers wait for what this one has of it: tokens of their experts,
+    loads, gradients. It then hangs, or ends in the communication library.
     """
     try:
         yield
     except RuntimeError as error:
-        if not (divides_experts and "out of memory" in str(error)):
+        if number_of_workers() == 1 or "out of memory" not in str(error):
             raise
         first = str(error).splitlines()[0]
         raise UserError(f"--batch-size or --max-tokens: a worker is out of memory, give less ({first})") from error

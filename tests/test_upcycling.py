@@ -150,3 +150,14 @@ def test_options_in_a_namespace(tmp_path, holder):
         torch.save({"model": {}, "args": saved} if holder == "args" else {"model": {}, "cfg": {"model": saved}}, path)
         with pytest.raises(UserError, match=message):
             check_upcycling(SimpleNamespace(model=model, checkpoint=checkpoint))
+
+
+def test_layers_that_are_one_flat_tensor_each(tmp_path):
+    """As fairscale's are, with --ddp-backend fully_sharded, before the model is upcycled."""
+    _, path = saved_dense(tmp_path)
+    sparse = tiny_model()
+    flat = torch.nn.Module()
+    flat._fsdp_wrapped_module = sparse.decoder.layers[0]
+    sparse.decoder.layers[0] = flat
+    with pytest.raises(UserError, match="not with --ddp-backend fully_sharded and --checkpoint-activations"):
+        upcycle(sparse, path)

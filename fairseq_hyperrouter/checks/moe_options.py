@@ -11,6 +11,7 @@ import torch
 from fairseq_hyperrouter.config import NO_LAYERS, MoEConfig, default_distill_weight
 from fairseq_hyperrouter.errors import UserError, option_name
 from fairseq_hyperrouter.experts.backend import check_device
+from fairseq_hyperrouter.experts.state import saved_tensors
 from fairseq_hyperrouter.routing import ROUTERS, Router
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,18 @@ def _check_distillation(cfg: Any, moe: MoEConfig) -> None:
 def check_backend_here(cfg: Any) -> None:
     """Raise a UserError for a backend that cannot compute where this training will."""
     check_device(cfg.model.moe_backend, "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu")
+
+
+def check_average(cfg: Any, model: Any) -> None:
+    """Raise a UserError for an average of weights where *model* has tensors that have none.
+
+    Stock's --store-ema multiplies every tensor of a checkpoint by a decay, and stops at whole numbers.
+    """
+    whole = [name for name, value in saved_tensors(model).items() if not value.is_floating_point()]
+    if cfg.ema.store_ema and whole:
+        router = f"--moe-router {cfg.model.moe_router}"
+        option = f"--moe-loss-free-rate {cfg.model.moe_loss_free_rate}" if cfg.model.moe_loss_free_rate else router
+        raise UserError(f"--store-ema: not together with {option}, whose {whole[0].rpartition('.')[2]} has no average")
 
 
 def warn_of_untaught_routers(model: Any) -> None:

@@ -14,6 +14,8 @@ from fairseq_hyperrouter.routing import ROUTERS, Place
 from .checkpoint_file import read_model_cfg
 
 logger = logging.getLogger(__name__)
+_BIAS = "balancing_steps"
+"""Of loss-free balancing, which goes with many routers."""
 
 
 def check_same_model(path: Path, model_cfg: Any) -> None:
@@ -30,6 +32,9 @@ def check_same_model(path: Path, model_cfg: Any) -> None:
     # First, since that of the checkpoint may be one that nobody knows here.
     _check_equal(path, {"--moe-router": before.moe_router}, {"--moe-router": model_cfg.moe_router})
     _check_equal(path, _shape(before), _shape(model_cfg))
+    rates = [MoEConfig.from_namespace(cfg).moe_loss_free_rate for cfg in (before, model_cfg)]
+    if (rates[0] > 0) != (rates[1] > 0):  # a rate's bias is in the checkpoint
+        _check_equal(path, *({"--moe-loss-free-rate": rate} for rate in rates))
     for name in ("moe_gate_softmax", "activation_fn"):  # what such tensors mean changes, but can be learned anew
         one, other = getattr(before, name, None), getattr(model_cfg, name)
         if one not in (None, other):
@@ -104,6 +109,9 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
     if layers[0] != layers[1]:
         one, other = (",".join(map(str, sorted(numbers))) or "none" for numbers in layers)
         return f"--moe-layers: {one} in the checkpoint, {other} in the model"
+    rates = ["above 0" if any(name.endswith(_BIAS) for name in state) else "0" for state in (found, wanted)]
+    if rates[0] != rates[1]:
+        return f"--moe-loss-free-rate: {rates[0]} in the checkpoint, {rates[1]} in the model"
     routers = [_routers_of(state) for state in (found, wanted)]
     if routers[0] != routers[1]:
         return f"--moe-router: {routers[0]} in the checkpoint, {routers[1]} in the model"
@@ -113,7 +121,7 @@ def shape_difference(found: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[
 def _routers_of(state: Dict[str, Any]) -> str:
     """The routers whose tensors have the names of those in *state*; these names, if there is none."""
     inside = "moe.router."
-    tensors = {name.rpartition(inside)[2] for name in state if inside in name}
+    tensors = {name.rpartition(inside)[2] for name in state if inside in name} - {_BIAS}
     fitting = []
     for name in sorted(ROUTERS):
         router = ROUTERS[name].from_config(MoEConfig(moe_router=name, moe_expert_count=2), Place(2, vocabulary=2))

@@ -23,9 +23,12 @@ def check_model_options(args: Any, num_symbols: int) -> None:
     for name in ("decoder_embed_dim", "decoder_attention_heads"):
         if getattr(args, name) < 1:
             raise UserError(f"{option_name(name)} {getattr(args, name)}: must be at least 1")
-    for name in ("dropout", "attention_dropout", "activation_dropout", "decoder_layerdrop"):
+    for name in ("dropout", "attention_dropout", "decoder_layerdrop"):
         if not 0 <= (getattr(args, name) or 0) <= 1:
             raise UserError(f"{option_name(name)} {getattr(args, name)}: must be between 0 and 1")
+    for name in ("activation_dropout", "relu_dropout"):  # experts scale by 1 / (1 - p)
+        if not 0 <= (getattr(args, name) or 0) < 1:
+            raise UserError(f"{option_name(name)} {getattr(args, name)}: must be at least 0 and below 1")
     if args.decoder_embed_dim % args.decoder_attention_heads:
         raise UserError(
             f"--decoder-attention-heads {args.decoder_attention_heads}: "

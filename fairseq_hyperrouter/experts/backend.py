@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 from importlib import metadata
 from typing import Callable, Dict, Optional, Set, Tuple
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
 
+from .block_products import BlockProducts
 from .dispatch import Dispatch, order_by_expert
 from .few_rows import expert_few_rows, serves
-from .grouped import expert_blocks, expert_grouped, expert_triton
+from .grouped import expert_grouped
+from .grouped_products import GroupedProducts, Products
 from .loop import expert_loop
-from .native_products import has_native
-from .runs import expert_native, expert_runs
+from .native_products import NativeProducts, has_native
+from .run_products import TorchProducts
+from .runs import expert_runs
 from .weights import ExpertWeights, Hidden
 
 logger = logging.getLogger(__name__)
@@ -23,12 +27,19 @@ logger = logging.getLogger(__name__)
 Backend = Callable[[Tensor, Dispatch, Tensor, ExpertWeights, Hidden], Tensor]
 """(x (T, D), dispatch, gate (T, K), weights, hidden) -> y (T, D)"""
 
+
+def _triton_products(dispatch: Dispatch) -> Products:
+    from .triton_products import TritonProducts  # takes time, and Triton is not everywhere
+
+    return TritonProducts(dispatch)
+
+
 BACKENDS: Dict[str, Backend] = {
-    "runs": expert_runs,
-    "native": expert_native,
-    "grouped": expert_grouped,
-    "blocks": expert_blocks,
-    "triton": expert_triton,
+    "runs": partial(expert_runs, TorchProducts),
+    "native": partial(expert_runs, NativeProducts),
+    "grouped": partial(expert_grouped, GroupedProducts),
+    "blocks": partial(expert_grouped, BlockProducts),
+    "triton": partial(expert_grouped, _triton_products),
     "loop": expert_loop,
 }
 AUTO = "auto"
@@ -92,7 +103,7 @@ def compute_ordered(
 ) -> Tensor:
     """The same where the assignments have been ordered by expert."""
     chosen = _fastest(x, dispatch, weights) if name == AUTO else name
-    if chosen == "native" and x.dtype != torch.float32:
+    if chosen == "native" and any(tensor.dtype != torch.float32 for tensor in (x, gate, *weights)):
         chosen = "runs"  # what it is but for float32
     _check_inputs(chosen, x, weights)
     _log_once(chosen, x)

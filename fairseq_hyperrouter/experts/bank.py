@@ -90,7 +90,7 @@ class ExpertBank(nn.Module):
         """y_t = sum over k of gate_tk FFN_{expert_index_tk}(x_t) over the assignments that are kept.
 
         Args:
-            x: (T, D) tokens.
+            x: (T, D) tokens. Products are in their dtype whatever the weights' is; under autocast in autocast's.
             expert_index: (T, K) int64 in 0 .. E - 1.
             gate: (T, K) weight of each expert's output.
             kept: (T, K) bool, False for an assignment that is not carried out; None when all are.
@@ -109,7 +109,7 @@ class ExpertBank(nn.Module):
             weights = ExpertWeights(*(ScaleGradient.apply(weight, share) for weight in weights))
         # A backend's own autograd function would get what autocast makes of each product; give it all of one dtype.
         dtype = product_dtype(x)
-        if dtype == x.dtype:
+        if dtype == x.dtype == self.weight1.dtype:
             return self._compute(x, expert_index, gate, kept, weights)
         with torch.autocast(x.device.type, enabled=False):
             weights = ExpertWeights(*(weight.to(dtype) for weight in weights))

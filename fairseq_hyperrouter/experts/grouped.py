@@ -8,34 +8,28 @@ hidden rows are all that is kept and x is gathered again, as in ``runs``. Output
 gather and a sum over K, not by atomic additions: the same numbers at every run.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .activation import with_gradient
-from .block_products import BlockProducts
 from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch, places, sum_of_assignments
-from .grouped_products import GroupedProducts, Products
+from .grouped_products import Products
 from .weights import ExpertWeights, Hidden, sum_dtype
 
 
-def expert_grouped(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2), with ``grouped_mm``."""
-    return _Grouped.apply(dispatch, GroupedProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
-
-
-def expert_blocks(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """The same with batched products of blocks of rows."""
-    return _Grouped.apply(dispatch, BlockProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
-
-
-def expert_triton(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """The same with Triton kernels of ours."""
-    from .triton_products import TritonProducts  # takes time, and Triton is not everywhere
-
-    return _Grouped.apply(dispatch, TritonProducts(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
+def expert_grouped(
+    products: Callable[[Dispatch], Products],
+    x: Tensor,
+    dispatch: Dispatch,
+    gate: Tensor,
+    weights: ExpertWeights,
+    hidden: Hidden,
+) -> Tensor:
+    """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
+    return _Grouped.apply(dispatch, products(dispatch), hidden, trains(x, gate, *weights), x, gate, *weights)
 
 
 class _Grouped(torch.autograd.Function):

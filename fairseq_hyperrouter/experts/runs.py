@@ -19,20 +19,14 @@ from .activation import with_gradient
 from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch
 from .memory import in_huge_pages
-from .native_products import NativeProducts
 from .run_products import Rows, TorchProducts
 from .weights import ExpertWeights, Hidden, sum_dtype
 
 
-def expert_runs(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+def expert_runs(
+    products: Type[TorchProducts], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
+) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
-    return _ExpertRuns.apply(dispatch, TorchProducts, hidden, trains(x, gate, *weights), x, gate, *weights)
-
-
-def expert_native(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    """The same with products of ours, in float32; other dtypes go to torch's."""
-    is_float32 = all(tensor.dtype == torch.float32 for tensor in (x, gate, *weights))
-    products = NativeProducts if is_float32 else TorchProducts
     return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
 
 

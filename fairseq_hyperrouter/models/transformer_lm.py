@@ -23,6 +23,7 @@ from fairseq_hyperrouter.checks.checkpoint_file import check_readable
 from fairseq_hyperrouter.checks.data_folder import check_folders
 from fairseq_hyperrouter.checks.distributed_options import check_evaluation_workers, check_expert_parallel
 from fairseq_hyperrouter.checks.moe_options import (
+    check_average,
     check_backend_here,
     check_decoder,
     check_routing_parts,
@@ -89,6 +90,7 @@ class HyperRouterLanguageModel(TransformerLanguageModel):
             parallel=ExpertParallel(moe.moe_expert_parallel_size) if divides else None,
         )
         if is_training:
+            check_average(args._get_parent(), model)
             warn_of_untaught_routers(model)
             _settle(args._get_parent().model, moe)
         if divides:
@@ -181,9 +183,14 @@ def _check(args: Any, task: Any, is_training: bool) -> MoEConfig:
 
 
 def check_override_names(where: str, overrides: Dict[str, Any]) -> None:
-    """Raise a UserError for a ``moe_`` option that does not exist: stock fairseq would do nothing about it."""
+    """Raise a UserError for a ``moe_`` option that does not exist, or that says what stored tensors mean.
+
+    Stock fairseq would do nothing about the one, and evaluate some other model with the other.
+    """
     known = HyperRouterLanguageModelConfig.__dataclass_fields__
     for name in overrides:
+        if name in ("moe_hyper_shared", "moe_router_lr_scale"):
+            raise UserError(f"{where} {name}: belongs to the stored weights, and cannot be another for them")
         if name.startswith("moe_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"{where} {name}: no such option" + (f", {near[0]}?" if near else ""))

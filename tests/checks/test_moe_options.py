@@ -3,7 +3,12 @@ from types import SimpleNamespace
 import pytest
 
 from fairseq_hyperrouter import MoEConfig, UserError
-from fairseq_hyperrouter.checks.moe_options import check_backend_here, check_routing_parts, warn_of_untaught_routers
+from fairseq_hyperrouter.checks.moe_options import (
+    check_average,
+    check_backend_here,
+    check_routing_parts,
+    warn_of_untaught_routers,
+)
 from tests.tiny import tiny_model
 
 
@@ -29,6 +34,30 @@ def test_warns_where_a_router_learns_nothing(caplog, options, warns):
     caplog.clear()
     warn_of_untaught_routers(model)
     assert [record.message.split(":")[0] for record in caplog.records] == ["--moe-top-k 1"] * warns
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"moe_router": "smoe"}, None),
+        ({"moe_router": "hyperrouter"}, None),
+        ({"moe_router": "cosine"}, None),
+        ({"moe_router": "hash"}, "--moe-router hash"),
+        ({"moe_router": "relu"}, "--moe-router relu"),
+        ({"moe_router": "stable", "moe_top_k": 1}, "--moe-router stable"),
+        ({"moe_router": "smoe", "moe_loss_free_rate": 0.5}, "--moe-loss-free-rate 0.5"),
+    ],
+)
+def test_an_average_of_weights(options, message):
+    model = tiny_model(**options)
+    cfg = SimpleNamespace(ema=SimpleNamespace(store_ema=True), model=MoEConfig(**options))
+    if message is None:
+        check_average(cfg, model)
+    else:
+        with pytest.raises(UserError, match=f"--store-ema: not together with {message}, whose .* has no average"):
+            check_average(cfg, model)
+    cfg.ema.store_ema = False
+    check_average(cfg, model)
 
 
 def test_a_backend_without_its_device(monkeypatch):

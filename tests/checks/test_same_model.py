@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.checks.same_model import check_same_model
+from fairseq_hyperrouter.checks.same_model import check_same_model, shape_difference
 from fairseq_hyperrouter.models.transformer_lm import HyperRouterLanguageModelConfig
 from fairseq_hyperrouter.routing import ROUTERS
+from tests.tiny import tiny_model
 
 
 def options(**changes):
@@ -78,3 +79,17 @@ def test_goes_on_with_another_meaning(saved, caplog):
 def test_options_that_make_no_model(saved, changes, message):
     with pytest.raises(UserError, match=message):
         check_same_model(saved(), options(**changes))
+
+
+def test_loss_free_balancing(saved):
+    """Its bias is in the checkpoint or is not; the rate may change."""
+    check_same_model(saved(moe_loss_free_rate=0.1), options(moe_loss_free_rate=0.2))
+    for before, now in ((0.1, 0.0), (0.0, 0.1)):
+        with pytest.raises(UserError, match=f"--moe-loss-free-rate: .* with {before}, this command says {now}"):
+            check_same_model(saved(moe_loss_free_rate=before), options(moe_loss_free_rate=now))
+    states = {rate: tiny_model(moe_loss_free_rate=rate, moe_router="smoe").state_dict() for rate in (0.0, 0.1)}
+    expected = "--moe-loss-free-rate: 0 in the checkpoint, above 0 in the model"
+    assert shape_difference(states[0.0], states[0.1]) == expected
+    other = tiny_model(moe_loss_free_rate=0.1, moe_router="cosine").state_dict()
+    said = shape_difference(states[0.1], other)
+    assert " or smoe or " in said and said.endswith("in the checkpoint, cosine in the model")

@@ -91,6 +91,7 @@ TRAINING = {
     "unknown option": (["--moe-foo", 1], ["--moe-foo"]),
     "width": (["--decoder-embed-dim", -4], ["--decoder-embed-dim", -4, 1]),
     "dropout": (["--dropout", 2], ["--dropout", "2.0", 0, 1]),
+    "dropout in experts": (["--relu-dropout", 1], ["--relu-dropout", "1.0", 0, "below 1"]),
     "tied widths": (
         ["--share-decoder-input-output-embed", "--decoder-output-dim", 16],
         ["--decoder-output-dim", 16, "--decoder-input-dim", 32],
@@ -251,6 +252,7 @@ def test_validate_at_a_number_that_there_is_not(preloaded, data, trained):
         ("{'moe_expert_count': 16}", ["--moe-expert-count", 8, 16]),
         ("{'moe_router': 'smoe'}", ["--moe-router", "hyperrouter", "smoe"]),
         ("{'moe_layers': '1'}", ["--moe-layers", "0,1", 1]),
+        ("{'moe_router_lr_scale': 1.0}", ["--model-overrides", "moe_router_lr_scale", "stored weights"]),
         ("{'decoder_layers_to_keep': '7'}", ["--decoder-layers-to-keep", 7, 0, 1]),
         ("{'decoder_layers_to_keep': 'x'}", ["--decoder-layers-to-keep", "x", "integers"]),
     ],

@@ -91,14 +91,16 @@ MoELayer.forward = forward
 
 
 @pytest.mark.parametrize(
-    "training, fails", [(True, "fail()"), (True, "y.register_hook(fail)"), (False, "fail()")], ids=str
+    "training, fails, size",
+    [(True, "fail()", 2), (True, "y.register_hook(fail)", 2), (False, "fail()", 2), (True, "fail()", 1)],
+    ids=str,
 )
-def test_a_worker_out_of_memory_ends_all(preloaded, data, tmp_path, training, fails):
+def test_a_worker_out_of_memory_ends_all(preloaded, data, tmp_path, training, fails, size):
     """In a forward pass, a backward pass and a validation: fairseq would go on with the next batch on that worker."""
     plugin = tmp_path / "out_of_memory"
     plugin.mkdir()
     (plugin / "__init__.py").write_text(OUT_OF_MEMORY.format(training=training, fails=fails))
-    options = ["--moe-expert-parallel-size", "2", "--max-update", "9", "--validate-interval-updates", "2"]
+    options = ["--moe-expert-parallel-size", size, "--max-update", "9", "--validate-interval-updates", "2"]
     arguments = train_arguments(data, tmp_path, *options, "--user-dir", plugin, validate=True)
     workers = preloaded.start_workers(2, "fairseq-train", *arguments)
     results = [preloaded.wait(process) for process in workers]

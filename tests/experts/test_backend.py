@@ -169,19 +169,34 @@ def test_bfloat16(backend):
 
 
 @EVERY_BACKEND
-def test_autocast(backend):
-    """As without it, but for the dtype of the products; parameters and their gradients stay float32."""
+@pytest.mark.parametrize("already", [False, True])
+def test_autocast(backend, already):
+    """As without it, but for the dtype of the products; parameters and their gradients stay float32.
+
+    A layer before this one may have made x what autocast makes of it already.
+    """
     experts = bank(backend, num_experts=8, embed_dim=16, ffn_embed_dim=32, dtype=torch.float32)
     x, gate = torch.randn(30, 16, requires_grad=True), torch.rand(30, 2)
     index = torch.rand(30, 8).topk(2).indices
     short = torch.float16 if backend == "triton" else torch.bfloat16  # which its interpreter takes for integers
     with torch.autocast("cpu", short):
-        y = experts(x, index, gate)
+        y = experts(x.to(short) if already else x, index, gate)
     assert y.dtype == short
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in experts.parameters())
     torch.testing.assert_close(y.float(), experts(x, index, gate), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_gates_of_another_dtype(backend):
+    """C code, which reads addresses, must not take them for its own."""
+    if backend == "native" and not native_products.has_native():
+        pytest.skip("no C code here")
+    experts = bank(backend, dtype=torch.float32)
+    x, gate = torch.randn(5, 4), torch.rand(5, 2)
+    y = experts(x, INDEX["mixed"], gate.double())
+    torch.testing.assert_close(y, experts(x, INDEX["mixed"], gate))
 
 
 @EVERY_BACKEND

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_hyperrouter.tasks.hyperrouter import HyperRouterTask
 
@@ -38,3 +40,16 @@ def test_without_amp():
         task.update_load = SimpleNamespace(tell=lambda _: heard.append("tell"))  # noqa: B023
         task.optimizer_step(optimizer, model=None, update_num=1)
         assert heard == ["tell"]
+
+
+def test_what_the_first_micro_batch_is(monkeypatch):
+    """That before which no parameter has a gradient: with adaptive input some get none from it."""
+    monkeypatch.setattr(LanguageModelingTask, "train_step", lambda *_, **__: (0, 1, {}))
+    task, heard = HyperRouterTask.__new__(HyperRouterTask), []
+    task.update_load = SimpleNamespace(forget=lambda: heard.append("forget"))
+    task._count_characters = lambda _: 0
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    task.train_step({}, model, None, None, 0)
+    model[1].weight.grad = torch.zeros(1, 1)
+    task.train_step({}, model, None, None, 0)
+    assert heard == ["forget"]

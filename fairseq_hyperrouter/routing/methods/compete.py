@@ -91,7 +91,8 @@ class CompeteRouter(LinearRouter):
         logits = self.logits(x, context)
         outputs = context.experts().to(logits.dtype)  # (T, E, D)
         affinity = F.softplus(outputs).mean(-1) if self.version == "v2" else outputs.norm(dim=-1)
-        expert_index = self.biased(affinity).topk(context.top_k, dim=-1).indices
+        # Without the bias of loss-free balancing, which is in units of logits.
+        expert_index = affinity.topk(context.top_k, dim=-1).indices
         counts = context.counts(logits)[:, 0]
         tokens = counts.sum().clamp(min=1)
         difference = logits.softmax(-1) - affinity.detach().softmax(-1)

@@ -87,3 +87,14 @@ def test_warm_up_and_place_come_from_the_model():
     config = MoEConfig(moe_router="compete", moe_expert_count=4, max_update=1000, seed=7)
     router = CompeteRouter.from_config(config, Place(6, index=2, count=3))
     assert (router.index, router.count, router.warm_up, router.seed) == (2, 3, 50, 7)
+
+
+def test_the_bias_of_loss_free_balancing_has_no_say_in_a_competition():
+    """It is in units of logits, from which affinities differ by far less: it would choose alone."""
+    torch.manual_seed(0)
+    layer = MoELayer(router(rate=1.0, loss_free_rate=0.1), 8, top_k=2)
+    x = torch.randn(50, 6)
+    before = layer(x)[1].expert_index
+    layer.router.balancing_steps[:2] += 100
+    assert torch.equal(layer(x)[1].expert_index, before)
+    assert (layer.eval()(x)[1].expert_index < 2).all()
