@@ -203,14 +203,17 @@ def every_nth(sizes: np.ndarray, tokens: int) -> int:
 
 
 def labels(paths: Sequence[Path]) -> List[str]:
-    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else the whole path.
+    """A short name for each checkpoint that tells them apart: its folder, else folder and file, else with as many
+    folders above as it takes.
 
     A file that is named again gets a number: "smoe", "smoe (2)".
     """
     files = [Path(os.path.abspath(path)) for path in paths]
-    folders = [file.parent.name for file in files]
-    for names in (folders, [f"{file.parent.name}/{file.stem}" for file in files], list(map(str, paths))):
+    names = [file.parent.name for file in files]
+    deepest = max(len(file.parts) for file in files)
+    for depth in range(2, deepest + 1):
         if len(set(names)) == len(set(files)):
             break
+        names = ["/".join(file.with_suffix("").parts[-depth:]) for file in files]
     times = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return [name if time == 1 else f"{name} ({time})" for name, time in zip(names, times)]

@@ -8,7 +8,11 @@ NUMBERS = (  # name in an Inspection, title, meaning
     ("inner_balance", "p1 / p2", "probability of the best expert over the second's, geometric mean"),
     ("outer_balance", "mass of the chosen", "probability of the chosen experts together"),
     ("margin", "margin", "how much the logits of the chosen experts are above those of the others"),
-    ("load_imbalance", "load imbalance", "load of the fullest expert over the mean; 1 when even"),
+    (
+        "load_imbalance",
+        "load imbalance",
+        "of the fullest expert over the mean; 1 when even (MaxVio, the maximal violation, is 1 less)",
+    ),
     ("load_cv", "load CV", "standard deviation over mean of the tokens per expert; 0 when even"),
     ("unused_experts", "unused", "experts that no token has"),
     (

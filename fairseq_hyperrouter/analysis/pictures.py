@@ -1,6 +1,7 @@
 """Pictures of what was measured: each takes numbers and returns a matplotlib figure."""
 
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ LINES = (
     ("hidden_rank", "effective rank of the router's input"),
     ("jacobian_span", "rank of the Jacobian's routing terms, over tokens"),
 )
+COLORS, STYLES = 10, (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+"""Of curves; the next style, line and marker, where the colours have all been used."""
 
 
 def perplexity_curves(rows: Sequence[Dict[str, Any]]) -> Any:
@@ -52,13 +55,18 @@ def _curve(row: Dict[str, Any]) -> str:
 def metric_curves(rows: Mapping[str, Mapping[Optional[int], Sequence[float]]], metric: str, title: str) -> Any:
     """A *metric* against k, of {row: {k: values of the seeds}}: means and standard deviations; k = None is dense."""
     figure, axes = _figure(figsize=(7, 4.5), layout="constrained")
+    curves = 0
     for row, at in rows.items():
         if None in at:
             axes.axhline(fmean(at[None]), linestyle="--", color="gray", label=row)
             continue
         top_ks = sorted(at)
         spread = [stdev(at[k]) if len(at[k]) > 1 else 0.0 for k in top_ks]
-        axes.errorbar(top_ks, [fmean(at[k]) for k in top_ks], spread, marker="o", capsize=3, label=row)
+        round, color = divmod(curves, COLORS)
+        line, marker = STYLES[round % len(STYLES)]
+        style = {"color": f"C{color}", "linestyle": line, "marker": marker}
+        axes.errorbar(top_ks, [fmean(at[k]) for k in top_ks], spread, capsize=3, label=row, **style)
+        curves += 1
     axes.set(xlabel="experts per token at inference", ylabel=metric)
     _by_top_k(axes, (k for at in rows.values() for k in at if k is not None))
     axes.legend(fontsize="small")
@@ -133,10 +141,11 @@ def _maps(maps: List[Any], titles: List[str], across: str, down: str, low: float
         axis.set_axis_off()
     for axis, one, title in zip(axes.flat, maps, titles):
         image = axis.imshow(np.array(one, dtype=float), vmin=low, vmax=high, cmap="viridis", aspect="auto")
-        axis.set_title(title, fontsize="small")
+        axis.set_title(fill(title, int(10 * width)), fontsize="small")  # characters in so many inches
         axis.set_xlabel(across, fontsize="small")
         axis.set_ylabel(down, fontsize="small")
         axis.tick_params(labelsize="x-small")
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        for one_axis in (axis.xaxis, axis.yaxis):
+            one_axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes)
     return figure

@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from fairseq_hyperrouter.analysis.pictures import metric_curves
 from fairseq_hyperrouter.analysis.table import markdown_table
@@ -83,18 +83,18 @@ def markdown(experiment: Experiment, results: Sequence[Result], command: str, ag
     Below it one table for each of the rows *against* which the others are to be compared.
     """
     values = collected(experiment, results)
+    seeds = sorted({result.run.seed for result in results})
     top_k = sorted({k for row in values.values() for k in row if k is not DENSE})
     numbers = [*map(str, top_k)] or [""]  # where only dense models are done
     head = [f"{experiment.metric.replace('_', ' ')} at k =", *numbers, *map(_column, experiment.logged)]
     rows = [head]
     for row, at in values.items():
-        cells = [_cell([*at.get(k, {}).values()]) for k in top_k]
+        cells = [_of_seeds(at.get(k, {}), seeds) for k in top_k]
         if DENSE in at:
-            cells = [f"{_cell([*at[DENSE].values()])} (dense)", *[""] * (len(numbers) - 1)]
+            cells = [f"{_of_seeds(at[DENSE], seeds)} (dense)", *[""] * (len(numbers) - 1)]
         own = [result.logged for result in results if result.run.row == row]
         logged = [_cell([one[name] for one in own if name in one]) for name in experiment.logged]
         rows.append([row, *cells, *logged])
-    seeds = sorted({result.run.seed for result in results})
     updates = sorted({result.updates for result in results})
     unknown = [name for name in experiment.logged if not any(name in result.logged for result in results)]
     spread = " Mean ± standard deviation over the seeds." if len(seeds) > 1 else ""
@@ -126,6 +126,12 @@ def _trained_by(what: str, in_words: Callable[[Dict[str, Any]], str], results: S
     for result in results:
         found.update(dict.fromkeys(map(in_words, result.trained_by) if result.trained_by else ["not recorded"]))
     return f"{len(found)} {what}s: {' / '.join(found)}" if len(found) > 1 else f"{what} {next(iter(found))}"
+
+
+def _of_seeds(values: Mapping[int, float], seeds: Sequence[int]) -> str:
+    """Mean and deviation; and which seeds they are of, where others of the *seeds* are not done."""
+    few = f" ({listed('seed', sorted(values))})" if 0 < len(values) < len(seeds) else ""
+    return _cell([*values.values()]) + few
 
 
 def _cell(values: Sequence[float]) -> str:

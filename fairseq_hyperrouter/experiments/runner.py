@@ -93,6 +93,10 @@ class _Steps:
     def _evaluate(self, folder: RunFolder, lock: int) -> str:
         """A sweep that is cut short leaves what it has: only a whole one is kept."""
         checkpoint = folder.path / f"checkpoint_{self.experiment.checkpoint}.pt"
+        if not checkpoint.exists():
+            return (
+                f"{folder.run.name}, seed {folder.run.seed}: {checkpoint} is gone; remove its folder to train it again"
+            )
         where = ["--top-k", format_ints(folder.run.at), "--out", str(folder.unfinished_sweep), *self.device]
         sweep = ["fairseq_hyperrouter.commands", "sweep", str(checkpoint), self.data]
         failure = self._run(folder, [*sweep, *where, *self.experiment.evaluation], folder.sweep_log, lock)
@@ -107,5 +111,5 @@ class _Steps:
             status = self.processes.run([sys.executable, "-m", *arguments], file, lock)
         if status == 0:
             return ""
-        lines = log.read_text(errors="replace").strip().splitlines() or [""]
-        return f"{folder.run.name}, seed {folder.run.seed}: {lines[-1]}   (exit status {status}, log: {log})"
+        last = log.read_text(errors="replace").rpartition(STARTED)[2].strip().rpartition("\n")[2] or "ended"
+        return f"{folder.run.name}, seed {folder.run.seed}: {last}   (exit status {status}, log: {log})"

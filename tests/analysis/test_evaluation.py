@@ -15,7 +15,8 @@ from fairseq_hyperrouter.analysis.evaluation import every_nth, labels
     [
         (["runs/a/checkpoint_best.pt", "runs/b/checkpoint_best.pt"], ["a", "b"]),
         (["runs/a/checkpoint_best.pt", "runs/a/checkpoint_last.pt"], ["a/checkpoint_best", "a/checkpoint_last"]),
-        (["a/seed1/last.pt", "b/seed1/last.pt"], ["a/seed1/last.pt", "b/seed1/last.pt"]),
+        (["a/seed1/last.pt", "b/seed1/last.pt"], ["a/seed1/last", "b/seed1/last"]),
+        (["/x/1/a/best.pt", "/y/1/a/best.pt", "/y/1/b/best.pt"], ["x/1/a/best", "y/1/a/best", "y/1/b/best"]),
         (["runs/a/last.pt", "runs/a/last.pt"], ["a", "a (2)"]),
         (["runs/a/last.pt", "runs/b/last.pt", "runs/../runs/a/last.pt"], ["a", "b", "a (2)"]),
         (["runs/a/best.pt", "runs/a/last.pt", "runs/a/last.pt"], ["a/best", "a/last", "a/last (2)"]),

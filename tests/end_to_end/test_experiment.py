@@ -136,7 +136,7 @@ def test_goes_on_after_a_kill(file, data, tmp_path, undisturbed, number):
     """A training that outlives its runner is waited for; the model is that of an experiment nobody disturbed."""
     path, out = file(), tmp_path / "out"
     process = popen(*_split(arguments(path, data, out)), preexec_fn=_heed_interrupts)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not list((out / "smoe-seed1").glob("checkpoint_1_*.pt")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.02)

@@ -1,6 +1,8 @@
 """What stock transformer_lm and its commands offer works with experts too."""
 
+import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -298,3 +300,32 @@ def test_tensorboard_shows_every_layer(data, tmp_path):
     assert drawn["moe_router_entropy_layer0"] != drawn["moe_router_entropy_layer1"]
     drawn = events(tmp_path / "valid")
     assert {"moe_margin_layer1", "moe_jacobian_rank_layer1", "moe_mean_output_similarity_layer1"} <= set(drawn)
+
+
+WANDB = """
+import json, os
+
+class config:
+    update = staticmethod(lambda _: None)
+
+def init(project, **_):
+    assert project == "mine"
+
+def log(values, step):
+    with open(os.environ["LOGGED"], "a") as file:
+        print(json.dumps([step, values]), file=file)
+"""
+
+
+def test_weights_and_biases_get_every_layer(data, tmp_path, monkeypatch):
+    """What fairseq's own logger hands to the package wandb, of which this is all that it uses."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("LOGGED", str(tmp_path / "logged"))
+    options = ["--moe-log-layers", "--wandb-project", "mine", "--max-update", 2]
+    train(data, None, *options, validate=True)
+    logged = [json.loads(line) for line in (tmp_path / "logged").read_text().splitlines()]
+    steps = {name: step for step, values in logged for name in values}
+    for name in ("moe_router_entropy", "moe_load_cv", "moe_load_expert7", "moe_margin"):
+        assert steps[f"train_inner/{name}_layer1"] == 2
+    assert {"valid/moe_jacobian_rank_layer0", "valid/moe_mean_output_similarity_layer1"} <= set(steps)

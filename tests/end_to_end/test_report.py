@@ -1,5 +1,6 @@
 """``fairseq-hyperrouter report``: its numbers against the model's own, its page in a browser."""
 
+import html
 import json
 import math
 import re
@@ -66,6 +67,34 @@ def test_numbers(reported, data, trained):
         for one in top:
             has = (tokens == task.dictionary.index(one["token"])) & (chosen == expert).any(1)
             assert one["count"] == has.sum()
+
+
+def test_the_page_has_every_number(reported):
+    """Loss and cost at every k; of every layer entropy, balances, load, similarities, ranks; changed experts."""
+    page = (reported[0] / "report.html").read_text(encoding="utf-8")
+    tables = [
+        [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", html.unescape(row)) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+        for table in re.findall(r"<table>(.*?)</table>", page, flags=re.DOTALL)
+    ]
+    losses, changed, *of_models = tables
+    cost = [f"{which} parameters" for which in ("total", "trained", "frozen", "active")]
+    assert losses[0] == ["model", "k", "perplexity", "bits per character", *cost, "MFLOPs per token"]
+    assert [row[:2] for row in losses[1:]] == [
+        [name, k] for name in ("hyperrouter", "smoe") for k in ("1", str(EXPERTS))
+    ]
+    assert all(float(cell.replace(",", "")) >= 0 for row in losses[1:] for cell in row[2:])
+    assert changed[0] == ["first", "second", "layer 0", "layer 1"] and changed[1][:2] == ["hyperrouter", "smoe"]
+    entropies = ["router entropy, nats", "entropy / ln E", "p1 / p2", "mass of the chosen", "margin"]
+    loads = ["load imbalance", "load CV", "unused"]
+    collapse = ["output CKA", "weight cosine", "rank of inputs", "rank of J's routing term", "span over tokens"]
+    for numbers in (of_models[0], of_models[3]):
+        assert [row[0] for row in numbers] == ["layer", *entropies, *loads, *collapse]
+        assert all(math.isfinite(float(cell)) for row in numbers for cell in row[1:])
+    for tokens in (*of_models[1:3], *of_models[4:]):
+        assert tokens[0] == ["expert", "load", "takes more of these than its share"] and len(tokens) == 1 + EXPERTS
+    meanings = page[page.index("What the numbers mean") :]
+    assert "MaxVio" in meanings and "geometric mean" in meanings
+    assert [alt in page for alt in ("against FLOPs", "ranks per layer", "load of every expert")] == [True] * 3
 
 
 def test_page_in_a_browser(reported, tmp_path):

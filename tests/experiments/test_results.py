@@ -34,8 +34,8 @@ def test_table():
     assert cells[0] == ["perplexity at k =", "1", "2", "training tokens/s"]
     assert cells[2:] == [
         ["a", "21.00 ± 1.41", "11.00 ± 0.00", "1,500 ± 707"],
-        ["b", "9.500", "9.000", ""],
-        ["dense", "12.25 (dense)", "", ""],
+        ["b", "9.500 (seed 1)", "9.000 (seed 1)", ""],
+        ["dense", "12.25 (seed 1) (dense)", "", ""],
     ]
 
 

@@ -38,6 +38,7 @@ def test_an_evaluation_counts_when_it_is_whole(tmp_path):
     folder = RunFolder(tmp_path, EXPERIMENT, RUN)
     folder.claim("data")
     (folder.path / LOGGED).write_text("{}")
+    (folder.path / "checkpoint_last.pt").touch()
     sweeps = Sweeps(1, 0)
     steps = _Steps(EXPERIMENT, "data", sweeps, cpu=True)
     sweeps.rows.append({"top_k": 1})
@@ -54,6 +55,7 @@ def test_an_evaluation_is_kept_until_the_next_is_whole(tmp_path):
     folder = RunFolder(tmp_path, EXPERIMENT, RUN)
     folder.claim("data")
     (folder.path / LOGGED).write_text("{}")
+    (folder.path / "checkpoint_last.pt").touch()
     sweeps = Sweeps(0, 1, 0)
     steps = _Steps(EXPERIMENT, "data", sweeps, cpu=True)
     before = sweeps.rows = [{"top_k": 1}, {"top_k": 8}]
@@ -76,9 +78,32 @@ def test_an_evaluation_of_an_older_training_does_not_count(tmp_path):
     folder = RunFolder(tmp_path, EXPERIMENT, RUN)
     folder.claim("data")
     (folder.path / SWEEP).write_text("[]")
+    (folder.path / "checkpoint_last.pt").touch()
     folder.train_log.write_text("done training in 3 seconds")
     steps = _Steps(EXPERIMENT, "data", Sweeps(1), cpu=True)
     assert "cut short" in steps.complete(folder) and not folder.is_evaluated
+
+
+def test_a_checkpoint_that_is_gone(tmp_path):
+    """It says what to do: whoever removes checkpoints to save room may not want them trained again."""
+    folder = RunFolder(tmp_path, EXPERIMENT, RUN)
+    folder.claim("data")
+    (folder.path / LOGGED).write_text("{}")
+    said = _Steps(EXPERIMENT, "data", Sweeps(), cpu=True).complete(folder)
+    path = folder.path / "checkpoint_last.pt"
+    assert said == f"smoe, seed 1: {path} is gone; remove its folder to train it again"
+
+
+def test_a_process_that_is_killed_without_a_word(tmp_path):
+    folder = RunFolder(tmp_path, EXPERIMENT, RUN)
+    folder.claim("data")
+
+    class Killed(Processes):
+        def run(self, arguments, log, inherited):
+            return -9
+
+    said = _Steps(EXPERIMENT, "data", Killed(threads=1), cpu=True).complete(folder)
+    assert said == f"smoe, seed 1: ended   (exit status -9, log: {folder.train_log})"
 
 
 def test_mistakes(tmp_path):
