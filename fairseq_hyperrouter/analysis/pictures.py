@@ -54,7 +54,8 @@ def _curve(row: Dict[str, Any]) -> str:
 
 def metric_curves(rows: Mapping[str, Mapping[Optional[int], Sequence[float]]], metric: str, title: str) -> Any:
     """A *metric* against k, of {row: {k: values of the seeds}}: means and standard deviations; k = None is dense."""
-    figure, axes = _figure(figsize=(7, 4.5), layout="constrained")
+    height = 4.3 + 0.12 * len(rows)  # with two of them in a line of the legend
+    figure, axes = _figure(figsize=(7, height), layout="constrained")
     curves = 0
     for row, at in rows.items():
         if None in at:
@@ -69,7 +70,7 @@ def metric_curves(rows: Mapping[str, Mapping[Optional[int], Sequence[float]]], m
         curves += 1
     axes.set(xlabel="experts per token at inference", ylabel=metric)
     _by_top_k(axes, (k for at in rows.values() for k in at if k is not None))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set_title(title, fontsize="medium")
     return figure
 
