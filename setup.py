@@ -36,7 +36,7 @@ setup(
         "fairscale>=0.4.13",
         "sacrebleu",
         "numpy",
-        "matplotlib",
+        "matplotlib>=3.7",
         "pyyaml",
         "tqdm",
     ],

@@ -14,16 +14,16 @@ def number_of_workers() -> int:
 
 
 @contextmanager
-def gives_up_without_memory() -> Iterator[None]:
-    """One of several workers raises a UserError where memory runs out inside the ``with`` block.
+def gives_up_without_memory(others_wait: bool) -> Iterator[None]:
+    """Where *others_wait* for what this worker has of a batch, raise a UserError if memory runs out inside the block.
 
-    Stock fairseq leaves the batch out, but the other workers wait for what this one has of it: tokens of their experts,
-    loads, gradients. It then hangs, or ends in the communication library.
+    Stock fairseq leaves the batch out (in training) or tries it again (in validation). Workers that wait for tokens of
+    their experts, loads or gradients then hang, or end in the communication library.
     """
     try:
         yield
     except RuntimeError as error:
-        if number_of_workers() == 1 or "out of memory" not in str(error):
+        if not (others_wait and "out of memory" in str(error)):
             raise
         first = str(error).splitlines()[0]
         raise UserError(f"--batch-size or --max-tokens: a worker is out of memory, give less ({first})") from error

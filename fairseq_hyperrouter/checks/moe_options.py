@@ -99,11 +99,16 @@ def check_average(cfg: Any, model: Any) -> None:
 
     Stock's --store-ema multiplies every tensor of a checkpoint by a decay, and stops at whole numbers.
     """
-    whole = [name for name, value in saved_tensors(model).items() if not value.is_floating_point()]
-    if cfg.ema.store_ema and whole:
-        router = f"--moe-router {cfg.model.moe_router}"
-        option = f"--moe-loss-free-rate {cfg.model.moe_loss_free_rate}" if cfg.model.moe_loss_free_rate else router
-        raise UserError(f"--store-ema: not together with {option}, whose {whole[0].rpartition('.')[2]} has no average")
+    if not cfg.ema.store_ema:
+        return
+    for name, value in saved_tensors(model).items():
+        if not value.is_floating_point():
+            option = f"--moe-router {cfg.model.moe_router}"
+            if name.endswith("balancing_steps"):
+                option = f"--moe-loss-free-rate {cfg.model.moe_loss_free_rate}"
+            elif ".moe." not in name:
+                option = "adaptive softmax"
+            raise UserError(f"--store-ema: not together with {option}, whose {name.rpartition('.')[2]} has no average")
 
 
 def warn_of_untaught_routers(model: Any) -> None:

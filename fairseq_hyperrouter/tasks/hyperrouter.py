@@ -73,7 +73,7 @@ class HyperRouterTask(LanguageModelingTask):
         self.validation_log = ValidationLog()
         self.update_freq: Sequence[int] = (1,)
         self.max_valid_steps = math.inf
-        self.builds_for_training = False
+        self.builds_for_training = self.divides_experts = False
         self.characters = characters_per_token(self.output_dictionary, args.token_unit) if dictionary else None
 
     @classmethod
@@ -104,6 +104,7 @@ class HyperRouterTask(LanguageModelingTask):
             if cfg.criterion is not None and cfg.criterion._name == "moe_cross_entropy":
                 self._check_best_metric(cfg.checkpoint.best_checkpoint_metric, cfg.criterion.sentence_avg)
         model = super().build_model(args, from_checkpoint)
+        self.divides_experts = getattr(model.decoder, "parallel", None) is not None
         if from_checkpoint and running_command() != "validate":  # --valid-top-k is then that of its training
             return model
         if self.valid_top_k and not moe_layers(model):
@@ -160,7 +161,7 @@ class HyperRouterTask(LanguageModelingTask):
         if all(parameter.grad is None for parameter in model.parameters()):  # the first micro-batch
             self.update_load.forget()
         sample = {**sample, "is_dummy": ignore_grad}
-        with gives_up_without_memory():
+        with gives_up_without_memory(others_wait=number_of_workers() > 1):
             loss, sample_size, logging_output = super().train_step(
                 sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
             )
@@ -192,7 +193,7 @@ class HyperRouterTask(LanguageModelingTask):
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Tuple[Any, Any, Dict[str, Any]]:
         if not sample:  # fairseq-validate, where another worker has one batch more
             return 0, 0, {"ntokens": 0, "nsentences": 0, "sample_size": 0}
-        with gives_up_without_memory():
+        with gives_up_without_memory(others_wait=self.divides_experts):
             loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
             if getattr(criterion, "logs_layers", False):
                 self.validation_log.look(model, sample)

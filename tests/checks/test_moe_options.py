@@ -9,7 +9,7 @@ from fairseq_hyperrouter.checks.moe_options import (
     check_routing_parts,
     warn_of_untaught_routers,
 )
-from tests.tiny import tiny_model
+from tests.tiny import ADAPTIVE, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,13 @@ def test_warns_where_a_router_learns_nothing(caplog, options, warns):
         ({"moe_router": "relu"}, "--moe-router relu"),
         ({"moe_router": "stable", "moe_top_k": 1}, "--moe-router stable"),
         ({"moe_router": "smoe", "moe_loss_free_rate": 0.5}, "--moe-loss-free-rate 0.5"),
+        (ADAPTIVE, "adaptive softmax"),
     ],
 )
 def test_an_average_of_weights(options, message):
     model = tiny_model(**options)
-    cfg = SimpleNamespace(ema=SimpleNamespace(store_ema=True), model=MoEConfig(**options))
+    own = {name: value for name, value in options.items() if name.startswith("moe_")}
+    cfg = SimpleNamespace(ema=SimpleNamespace(store_ema=True), model=MoEConfig(**own))
     if message is None:
         check_average(cfg, model)
     else:
