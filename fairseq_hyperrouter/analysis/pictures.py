@@ -16,8 +16,8 @@ LINES = (
     ("hidden_rank", "effective rank of the router's input"),
     ("jacobian_span", "rank of the Jacobian's routing terms, over tokens"),
 )
-COLORS, STYLES = 10, (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-"""Of curves; the next style, line and marker, where the colours have all been used."""
+STYLES = {"linestyle": ["-", "--", ":", "-."], "marker": ["o", "s", "^", "D"]}
+"""Of curves; the next one where the colours have all been used."""
 
 
 def perplexity_curves(rows: Sequence[Dict[str, Any]]) -> Any:
@@ -54,20 +54,18 @@ def _curve(row: Dict[str, Any]) -> str:
 
 def metric_curves(rows: Mapping[str, Mapping[Optional[int], Sequence[float]]], metric: str, title: str) -> Any:
     """A *metric* against k, of {row: {k: values of the seeds}}: means and standard deviations; k = None is dense."""
+    from matplotlib import cycler, rcParams
+
     height = 4.3 + 0.12 * len(rows)  # with two of them in a line of the legend
     figure, axes = _figure(figsize=(7, height), layout="constrained")
-    curves = 0
+    axes.set_prop_cycle(cycler(**STYLES) * rcParams["axes.prop_cycle"])
     for row, at in rows.items():
         if None in at:
             axes.axhline(fmean(at[None]), linestyle="--", color="gray", label=row)
             continue
         top_ks = sorted(at)
         spread = [stdev(at[k]) if len(at[k]) > 1 else 0.0 for k in top_ks]
-        round, color = divmod(curves, COLORS)
-        line, marker = STYLES[round % len(STYLES)]
-        style = {"color": f"C{color}", "linestyle": line, "marker": marker}
-        axes.errorbar(top_ks, [fmean(at[k]) for k in top_ks], spread, capsize=3, label=row, **style)
-        curves += 1
+        axes.errorbar(top_ks, [fmean(at[k]) for k in top_ks], spread, capsize=3, label=row)
     axes.set(xlabel="experts per token at inference", ylabel=metric)
     _by_top_k(axes, (k for at in rows.values() for k in at if k is not None))
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
