@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_hyperrouter.errors import UserError
-from fairseq_hyperrouter.experts.native_products import NativeProducts, has_native
+from fairseq_hyperrouter.experts.native_products import NativeRunProducts
 from fairseq_hyperrouter.experts.run_products import Rows
 from fairseq_hyperrouter.models import causal_attention as attention
+from fairseq_hyperrouter.native.usable import has_native
 
 from .harness import interleaved, medians, parser, progress, report
 from .layer import draw, step
@@ -82,7 +83,7 @@ def _attention(T: int, d: int, repeats: int) -> float:
 @torch.no_grad()
 def _linear(rows: int, inputs: int, outputs: int, repeats: int) -> float:
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    ours = partial(NativeProducts.rows, Rows(x), weight, bias, transposed=True)
+    ours = partial(NativeRunProducts.rows, Rows(x), weight, bias, transposed=True)
     ways = {"torch": partial(F.linear, x, weight, bias), "ours": ours}
     return _ratio(ways, "torch", "ours", repeats, number=max(1, 4096 // rows))
 

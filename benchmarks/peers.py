@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_hyperrouter import LinearRouter, MoELayer
 from fairseq_hyperrouter.experts import ExpertBank
-from fairseq_hyperrouter.experts.native_products import has_native
+from fairseq_hyperrouter.native.usable import has_native
 
 Builder = Callable[[int, int, int, int], Optional[nn.Module]]
 

@@ -15,7 +15,7 @@ from benchmarks.peers import OURS, Dense, Ours, RawGroupedMM
 from benchmarks.sizes import EXPERTS, HIDDEN, WIDTH
 from benchmarks.training import updates
 from fairseq_hyperrouter.experts.backend import HAS_GROUPED_MM
-from fairseq_hyperrouter.experts.native_products import has_native
+from fairseq_hyperrouter.native.usable import has_native
 from tests.commands import REPO, run
 
 

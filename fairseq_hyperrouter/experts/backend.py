@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.native.usable import has_native
 
 from .block_products import BlockProducts
 from .dispatch import Dispatch, order_by_expert
@@ -17,8 +18,8 @@ from .few_rows import expert_few_rows, serves
 from .grouped import expert_grouped
 from .grouped_products import GroupedProducts, Products
 from .loop import expert_loop
-from .native_products import NativeProducts, has_native
-from .run_products import TorchProducts
+from .native_products import NativeRunProducts
+from .run_products import RunProducts
 from .runs import expert_runs
 from .weights import ExpertWeights, Hidden
 
@@ -35,8 +36,8 @@ def _triton_products(dispatch: Dispatch) -> Products:
 
 
 BACKENDS: Dict[str, Backend] = {
-    "runs": partial(expert_runs, TorchProducts),
-    "native": partial(expert_runs, NativeProducts),
+    "runs": partial(expert_runs, RunProducts),
+    "native": partial(expert_runs, NativeRunProducts),
     "grouped": partial(expert_grouped, GroupedProducts),
     "blocks": partial(expert_grouped, BlockProducts),
     "triton": partial(expert_grouped, _triton_products),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_hyperrouter.dtypes import product_dtype
 from fairseq_hyperrouter.errors import UserError
 
 from .activation import check_activation
@@ -17,7 +18,7 @@ from .backend import AUTO, check_backend, compute, compute_ordered
 from .dispatch import Dispatch, order_by_expert
 from .memory import in_huge_pages
 from .parallel import ExpertParallel, ScaleGradient, all_gather_experts, gather_experts, over_workers
-from .weights import ExpertWeights, Hidden, product_dtype
+from .weights import ExpertWeights, Hidden
 
 PRODUCTS_AT_ONCE = 2**22
 """Of weights, in float64: 32 MiB."""

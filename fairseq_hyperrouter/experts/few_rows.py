@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fairseq_hyperrouter.native import few_rows as native
+from fairseq_hyperrouter.native.usable import may_use_addresses
 
 from .activation import with_gradient
-from .derivatives import may_use_addresses
 from .weights import ExpertWeights, Hidden
 
 MOST_ROWS = 64

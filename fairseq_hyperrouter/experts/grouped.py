@@ -13,11 +13,13 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from torch import Tensor
 
+from fairseq_hyperrouter.derivatives import differentiable_once, trains
+from fairseq_hyperrouter.dtypes import sum_dtype
+
 from .activation import with_gradient
-from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch, places, sum_of_assignments
 from .grouped_products import Products
-from .weights import ExpertWeights, Hidden, sum_dtype
+from .weights import ExpertWeights, Hidden
 
 
 def expert_grouped(

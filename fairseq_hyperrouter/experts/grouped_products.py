@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairseq_hyperrouter.dtypes import sum_dtype
+
 from .dispatch import Dispatch
-from .weights import sum_dtype
 
 
 class Products(ABC):

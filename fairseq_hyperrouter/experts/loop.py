@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairseq_hyperrouter.dtypes import sum_dtype
+
 from .dispatch import Dispatch
-from .weights import ExpertWeights, Hidden, sum_dtype
+from .weights import ExpertWeights, Hidden
 
 
 def expert_loop(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:

@@ -1,4 +1,4 @@
-"""The products of ``run_products.py`` in C code of ours, and where to use them."""
+"""The products of ``run_products.py`` in C code of ours."""
 
 from typing import Optional
 
@@ -7,12 +7,10 @@ from torch import Tensor
 
 from fairseq_hyperrouter.native import run_products as native
 
-from .derivatives import may_use_addresses
-from .run_products import Rows, TorchProducts
-from .weights import product_dtype
+from .run_products import Rows, RunProducts
 
 
-class NativeProducts(TorchProducts):
+class NativeRunProducts(RunProducts):
     """With C code of ours (run_products.c), in float32: gathering, gates and sums happen on a product's way."""
 
     @staticmethod
@@ -54,21 +52,6 @@ class NativeProducts(TorchProducts):
     def gates(dhidden: Tensor, activated: Tensor, dy: Rows, bias: Tensor, gate: Tensor, dgate: Tensor) -> None:
         places = map(_address, (dhidden, activated, dy.a, dy.token, bias, gate, dgate))
         native.gates(*places, *dhidden.shape, dy.a.size(1), torch.get_num_threads())
-
-
-def has_native() -> bool:
-    """Whether the C code was compiled and this processor can run it."""
-    return native is not None
-
-
-def torch_keeps_to_avx2() -> bool:
-    """Whether torch's products, MKL's, leave AVX-512 units unused that ours use: those of AMD's."""
-    return native is not None and bool(native.amd)
-
-
-def serves_inference(*tensors: Tensor) -> bool:
-    """Whether C code of ours can compute with *tensors* where no derivative is asked for."""
-    return native is not None and may_use_addresses(*tensors) and product_dtype(tensors[0]) == torch.float32
 
 
 def _address(tensor: Optional[Tensor]) -> int:

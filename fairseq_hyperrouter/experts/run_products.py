@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .weights import sum_dtype
+from fairseq_hyperrouter.dtypes import sum_dtype
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Rows:
         return len(self.a if self.token is None else self.token)
 
 
-class TorchProducts:
+class RunProducts:
     """With torch's operations. ``native_products.py`` has them all once more."""
 
     @staticmethod

@@ -15,16 +15,18 @@ from typing import Any, List, Optional, Tuple, Type
 import torch
 from torch import Tensor
 
+from fairseq_hyperrouter.derivatives import differentiable_once, trains
+from fairseq_hyperrouter.dtypes import sum_dtype
+
 from .activation import with_gradient
-from .derivatives import differentiable_once, trains
 from .dispatch import Dispatch
 from .memory import in_huge_pages
-from .run_products import Rows, TorchProducts
-from .weights import ExpertWeights, Hidden, sum_dtype
+from .run_products import Rows, RunProducts
+from .weights import ExpertWeights, Hidden
 
 
 def expert_runs(
-    products: Type[TorchProducts], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
+    products: Type[RunProducts], x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden
 ) -> Tensor:
     """Sum over a token's assignments of gate * (dropout(activation(x W1 + b1)) W2 + b2): (T, D) -> (T, D)."""
     return _ExpertRuns.apply(dispatch, products, hidden, trains(x, gate, *weights), x, gate, *weights)
@@ -35,7 +37,7 @@ class _ExpertRuns(torch.autograd.Function):
     def forward(
         ctx: Any,
         dispatch: Dispatch,
-        products: Type[TorchProducts],
+        products: Type[RunProducts],
         hidden: Hidden,
         keep: bool,
         x: Tensor,

@@ -2,7 +2,6 @@
 
 from typing import Callable, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -28,13 +27,3 @@ class Hidden(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     dropout: float
     """Probability of dropping a hidden unit in this call."""
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which a product with *x* is computed: with autocast another than that of *x*. An empty product tells."""
-    return torch.mm(x.new_empty(0, 0), x.new_empty(0, 0)).dtype
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """In which a token's expert outputs are added up: float32 where they are shorter, whatever k is."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.native_products import serves_inference, torch_keeps_to_avx2
 from fairseq_hyperrouter.native import causal_attention as native
+from fairseq_hyperrouter.native.usable import serves_inference, torch_keeps_to_avx2
 
 from .linear import Linear
 

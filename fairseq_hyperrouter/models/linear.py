@@ -6,8 +6,9 @@ Dimensions: I inputs, O outputs.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.experts.native_products import NativeProducts, serves_inference, torch_keeps_to_avx2
+from fairseq_hyperrouter.experts.native_products import NativeRunProducts
 from fairseq_hyperrouter.experts.run_products import Rows
+from fairseq_hyperrouter.native.usable import serves_inference, torch_keeps_to_avx2
 
 LEAST_ROWS = 16
 """With fewer, torch is as fast, which need not copy the weight first."""
@@ -38,4 +39,4 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         rows, weight = x.reshape(-1, self.in_features).contiguous(), self.weight.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()
-        return NativeProducts.rows(Rows(rows), weight, bias, transposed=True).view(*x.shape[:-1], -1)
+        return NativeRunProducts.rows(Rows(rows), weight, bias, transposed=True).view(*x.shape[:-1], -1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.experts import ExpertBank, native_products
+from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM, HAS_TRITON
 from fairseq_hyperrouter.experts.block_products import BLOCK_ROWS
@@ -25,7 +25,7 @@ def bank(backend, dtype=None, **options):
         pytest.skip("Triton is not installed")
     if backend == "triton" and (dtype == torch.bfloat16 or torch.cuda.is_available()):
         pytest.skip("tests/test_on_gpu.py looks at it; Triton's interpreter multiplies bfloat16 as integers")
-    if backend == "native" and not native_products.has_native():
+    if backend == "native" and not backends.has_native():
         pytest.skip("no compiler, or a processor without AVX-512")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))
@@ -191,7 +191,7 @@ def test_autocast(backend, already):
 @pytest.mark.parametrize("backend", ["auto", "native"])
 def test_gates_of_another_dtype(backend):
     """C code, which reads addresses, must not take them for its own."""
-    if backend == "native" and not native_products.has_native():
+    if backend == "native" and not backends.has_native():
         pytest.skip("no C code here")
     experts = bank(backend, dtype=torch.float32)
     x, gate = torch.randn(5, 4), torch.rand(5, 2)

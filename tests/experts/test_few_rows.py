@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import ExpertBank, few_rows, native_products
+from fairseq_hyperrouter.experts import ExpertBank, few_rows
 from fairseq_hyperrouter.experts import backend as backends
+from fairseq_hyperrouter.native import usable
 
 SIZES = {"num_experts": 5, "embed_dim": 37, "ffn_embed_dim": 50}
-MANY_ROWS = "native" if native_products.has_native() else "runs"
+MANY_ROWS = "native" if usable.has_native() else "runs"
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +137,7 @@ def test_forward_mode_is_left_to_others(used):
 
 def test_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setattr(few_rows, "native", None)
-    monkeypatch.setattr(native_products, "native", None)
+    monkeypatch.setattr(usable, "run_products", None)
     monkeypatch.setattr(backends, "_logged", set())
     with torch.no_grad(), caplog.at_level(logging.INFO):
         ExpertBank(**SIZES).eval()(torch.randn(4, 37), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))

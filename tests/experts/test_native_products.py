@@ -1,18 +1,14 @@
 """The C code computes what torch's operations compute in float64."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
-from fairseq_hyperrouter import UserError
-from fairseq_hyperrouter.experts import backend, native_products
-from fairseq_hyperrouter.experts.native_products import NativeProducts
-from fairseq_hyperrouter.experts.run_products import Rows, TorchProducts
+from fairseq_hyperrouter.experts.native_products import NativeRunProducts
+from fairseq_hyperrouter.experts.run_products import Rows, RunProducts
+from fairseq_hyperrouter.native.usable import has_native
 
 needs_native = pytest.mark.skipif(
-    not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
+    not has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
 )
 SIZES = pytest.mark.parametrize(
     "n, D, F",
@@ -29,12 +25,6 @@ SIZES = pytest.mark.parametrize(
 )
 
 
-def test_compiled_where_it_can_be():
-    cpuinfo = Path("/proc/cpuinfo")
-    could = shutil.which("gcc") and cpuinfo.is_file() and "avx512f" in cpuinfo.read_text()
-    assert native_products.has_native() or not could
-
-
 def operands(n, D, F, tokens=23):
     """a, token, weight, bias, gate; a token may come several times, and y has others too."""
     return (
@@ -49,7 +39,7 @@ def operands(n, D, F, tokens=23):
 def assert_same(compute, *tensors):
     """*compute* (products, *tensors) writes into its tensors, or returns one; the same in float64 with torch."""
     exact = [tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in tensors]
-    found, expected = compute(NativeProducts, *tensors), compute(TorchProducts, *exact)
+    found, expected = compute(NativeRunProducts, *tensors), compute(RunProducts, *exact)
     for here, there in ((found, expected), *zip(tensors, exact)):
         if here is not None and here.is_floating_point():
             torch.testing.assert_close(here.double(), there, rtol=0, atol=5e-6 * max(1, there.abs().max().item()))
@@ -119,10 +109,10 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
 
     def everything():
         y, dweight, dbias, dgate = torch.zeros(23, F), torch.empty(D, F), torch.empty(F), torch.empty(n)
-        hidden = NativeProducts.rows(Rows(a, token), weight, bias)
-        NativeProducts.add_rows(y, token, a[token], weight, bias, gate)
-        NativeProducts.gates(hidden, hidden.clone(), Rows(a, token), torch.ones(D), gate, dgate)
-        NativeProducts.weight(Rows(a, token), Rows(hidden), gate, dweight, dbias)
+        hidden = NativeRunProducts.rows(Rows(a, token), weight, bias)
+        NativeRunProducts.add_rows(y, token, a[token], weight, bias, gate)
+        NativeRunProducts.gates(hidden, hidden.clone(), Rows(a, token), torch.ones(D), gate, dgate)
+        NativeRunProducts.weight(Rows(a, token), Rows(hidden), gate, dweight, dbias)
         return hidden, y, dweight, dbias, dgate
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -130,10 +120,3 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for one, several in zip(alone, everything()):
         assert torch.equal(one, several)
-
-
-def test_not_compiled(monkeypatch):
-    monkeypatch.setattr(native_products, "native", None)
-    assert not native_products.has_native() and not native_products.torch_keeps_to_avx2()
-    with pytest.raises(UserError, match="--moe-backend native: needs a processor with AVX-512, and a C compiler"):
-        backend.check_backend("--moe-backend", "native")

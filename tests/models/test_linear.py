@@ -3,21 +3,21 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fairseq_hyperrouter.experts import native_products
 from fairseq_hyperrouter.models import linear as module
 from fairseq_hyperrouter.models.linear import LEAST_OUTPUTS, LEAST_ROWS, Linear
+from fairseq_hyperrouter.native.usable import has_native
 
 compiled = pytest.mark.skipif(
-    not native_products.has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
+    not has_native(), reason="no compiler, or a processor without AVX-512: torch's products do the work"
 )
 
 
 @pytest.fixture
 def used(monkeypatch) -> list:
     """Filled with the number of rows of every product of ours."""
-    rows, plain = [], module.NativeProducts.rows
+    rows, plain = [], module.NativeRunProducts.rows
     count = staticmethod(lambda which, *others, **named: (rows.append(which.n), plain(which, *others, **named))[1])
-    monkeypatch.setattr(module.NativeProducts, "rows", count)
+    monkeypatch.setattr(module.NativeRunProducts, "rows", count)
     monkeypatch.setattr(module, "torch_keeps_to_avx2", lambda: True)
     return rows
 

@@ -13,20 +13,7 @@ def trains(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def may_use_addresses(*tensors: Tensor) -> bool:
-    """Whether C code of ours, which autograd does not see, can compute a function of *tensors* in float32 on a CPU.
-
-    Not where a derivative may be asked for, backward or forward, nor where a trace is recorded.
-    """
-    return (
-        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        and not trains(*tensors)
-        and not _has_tangents(*tensors)
-        and not torch.jit.is_tracing()
-    )
-
-
-def _has_tangents(*tensors: Tensor) -> bool:
+def has_tangents(*tensors: Tensor) -> bool:
     """Whether forward-mode differentiation goes through *tensors*."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
