@@ -24,6 +24,13 @@ from .cost import model_cost
 from .observation import observed
 from .row import LIMITS, Row
 
+PROBABILITIES = 16 * 2**20
+"""Bytes of the probabilities of all symbols that a CPU computes at a time.
+
+Those of a whole batch of words are hundreds of MiB, and the kernel finds room for them page by page, for every batch
+anew: glibc keeps pieces of up to 32 MiB only (docs/performance.md).
+"""
+
 
 class Evaluator:
     """What ``fairseq-eval-lm`` computes, with its code, at any number of experts per token.
@@ -82,6 +89,8 @@ class Evaluator:
         self.has_experts = bool(self.layers)
         self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.device = next(model.parameters()).device
+        piece = PROBABILITIES // (4 * len(task.target_dictionary))
+        self.softmax_batch = max(1, piece) if self.device.type == "cpu" else 0
 
     def top_ks(self, option: str, values: Optional[Sequence[int]] = None) -> Sequence[Optional[int]]:
         """The k to evaluate at: *values*, by default 1, 2, 4, ... and all experts; None without experts.
@@ -154,6 +163,7 @@ class Evaluator:
             source_dictionary=self.task.source_dictionary,
             batch_iterator=counted(),
             target_dictionary=dictionary,
+            softmax_batch=self.softmax_batch,
             remove_bos_token=options.add_bos_token,
         )
         seconds = time.perf_counter() - count["start"]

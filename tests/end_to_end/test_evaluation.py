@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 from fairseq import tasks
+from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 from fairseq_hyperrouter import Routing, UserError
+from fairseq_hyperrouter.analysis import evaluation
 from fairseq_hyperrouter.analysis.evaluation import Evaluator
 from tests import commands, reference
 from tests.commands import EXPERTS, REPO, USER_DIR, load, loss_of, run, run_python, sweep, train
@@ -134,6 +136,31 @@ def test_a_part_of_the_split(data, trained):
     assert part["perplexity"] != whole["perplexity"]
     with pytest.raises(UserError, match="--tokens 0: must be at least 1"):
         at(0)
+
+
+@pytest.mark.parametrize("cutoff", [[], ["--adaptive-softmax-cutoff", "10,30"]], ids=["plain", "adaptive"])
+def test_probabilities_of_many_symbols_come_in_pieces(tmp_path, data, monkeypatch, cutoff):
+    """And are those of the whole batch."""
+    train(data, tmp_path, *cutoff, "--max-update", "1")
+
+    def at(tokens):
+        """Loss with so many *tokens* in a piece, and how many there were."""
+        evaluator = Evaluator(tmp_path / "checkpoint_last.pt", str(data), batch_size=3, cpu=True)
+        evaluator.softmax_batch = tokens
+        sizes, plain = [], evaluator.model.get_normalized_probs
+
+        def counted(output, **stock):
+            sizes.append(output[0].shape[:2].numel())
+            return plain(output, **stock)
+
+        monkeypatch.setattr(evaluator.model, "get_normalized_probs", counted)
+        return evaluator.at(2, show=False)["bits_per_token"], sizes
+
+    (whole, all_at_once), (pieces, sizes) = at(0), at(50)
+    assert max(all_at_once) == 3 * 64 and max(sizes) == 50 and sum(sizes) == sum(all_at_once)
+    assert pieces == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr(evaluation, "PROBABILITIES", 3 * 4 * len(Dictionary.load(str(data / "dict.txt"))) + 1)
+    assert Evaluator(tmp_path / "checkpoint_last.pt", str(data), cpu=True).softmax_batch == 3
 
 
 def test_without_a_moe_layer(tmp_path, data):
