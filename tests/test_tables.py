@@ -42,6 +42,9 @@ def test_table_is_of_its_numbers(path):
         assert written[what] in about
     for what in {word for run in runs for by in run["trained_by"] for word in (by["machine"], by["commit"][:10])}:
         assert what in about.replace("\n", " ")
+    seeds = sorted({run["seed"] for run in runs})
+    assert re.search(r"seeds? ([\d, ]+);", about)[1] == ", ".join(map(str, seeds))
+    assert re.search(r"(\d+)\s+updates;", about)[1] == str(*{run["updates"] for run in runs})
 
     rows, unit = table(first), re.match(r"\| *(.+?) at k =", first)[1]
     values: Dict[str, Dict[str, Dict[int, float]]] = {}
@@ -50,9 +53,11 @@ def test_table_is_of_its_numbers(path):
         for swept in run["sweep"]:
             k = "" if swept["top_k"] is None else str(swept["top_k"])
             values.setdefault(run["row"], {}).setdefault(k, {})[run["seed"]] = swept[unit.replace(" ", "_")]
+    top_ks = sorted({int(k) for at in values.values() for k in at if k})
     assert list(rows) == list(values)
     for row, at in values.items():
         logged = [run["logged"] for run in runs if run["row"] == row]
+        assert [int(column) for column in rows[row] if column.isdigit()] == top_ks
         for column, cell in rows[row].items():
             if column.isdigit():
                 expected = [*at.get("" if cell.endswith(" (dense)") else column, {}).values()]
@@ -65,9 +70,13 @@ def test_table_is_of_its_numbers(path):
             else:
                 assert not cell
 
-    while others and others[0].startswith("Against "):
+    for quoted, plain in re.findall(r"--against (?:'([^']+)'|(\S+))", written["command"]):
         base = re.match(r"Against (.+), in (% of its perplexity|bits)", others[0])
-        for row, cells in table(others[1]).items():
+        assert base[1] == (quoted or plain)
+        compared = table(others[1])
+        assert list(compared) == [row for row in values if row != base[1]]
+        for row, cells in compared.items():
+            assert [*map(int, cells)] == top_ks
             for column, cell in cells.items():
                 own, other = (values[name].get(column) or values[name][""] for name in (row, base[1]))
                 scale = {seed: 100 / other[seed] if base[2][0] == "%" else 1 for seed in own}

@@ -24,12 +24,14 @@ from .cost import model_cost
 from .observation import observed
 from .row import LIMITS, Row
 
-PROBABILITIES = 16 * 2**20
+SOFTMAX_BYTES = 16 * 2**20
 """Bytes of the probabilities of all symbols that a CPU computes at a time.
 
 Those of a whole batch of words are hundreds of MiB, and the kernel finds room for them page by page, for every batch
 anew: glibc keeps pieces of up to 32 MiB only (docs/performance.md).
 """
+LEAST_PIECE = 64
+"""Tokens of them at the least: an adaptive softmax reads its weights once for each piece."""
 
 
 class Evaluator:
@@ -89,8 +91,8 @@ class Evaluator:
         self.has_experts = bool(self.layers)
         self.has_probabilities = self.has_experts and model.decoder.moe_config.has_probabilities
         self.device = next(model.parameters()).device
-        piece = PROBABILITIES // (4 * len(task.target_dictionary))
-        self.softmax_batch = max(1, piece) if self.device.type == "cpu" else 0
+        piece = SOFTMAX_BYTES // (4 * len(task.target_dictionary))
+        self.softmax_batch = max(LEAST_PIECE, piece) if self.device.type == "cpu" else 0
 
     def top_ks(self, option: str, values: Optional[Sequence[int]] = None) -> Sequence[Optional[int]]:
         """The k to evaluate at: *values*, by default 1, 2, 4, ... and all experts; None without experts.

@@ -11,7 +11,7 @@ backend.py   which of these computes, all behind the same call:
              few_rows.py CPUs, few tokens without gradients
              grouped.py  GPUs, and small experts; with grouped_products.py and block_products.py (torch's products)
                          or triton_products.py (ours)
-             activation.py, memory.py for those with a backward pass of their own
+             activation.py, derivatives.py, memory.py for those with a backward pass of their own
 
 C code is in native/. Beside the chosen experts: shared.py, adapter.py, similarity.py.
 """

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_hyperrouter.dtypes import product_dtype
 from fairseq_hyperrouter.errors import UserError
+from fairseq_hyperrouter.torch_modes import product_dtype
 
 from .activation import check_activation
 from .backend import AUTO, check_backend, compute, compute_ordered

@@ -13,13 +13,13 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.derivatives import differentiable_once, trains
-from fairseq_hyperrouter.dtypes import sum_dtype
+from fairseq_hyperrouter.torch_modes import trains
 
 from .activation import with_gradient
+from .derivatives import differentiable_once
 from .dispatch import Dispatch, places, sum_of_assignments
 from .grouped_products import Products
-from .weights import ExpertWeights, Hidden
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_grouped(

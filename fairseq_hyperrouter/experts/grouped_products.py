@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_hyperrouter.dtypes import sum_dtype
-
 from .dispatch import Dispatch
+from .weights import sum_dtype
 
 
 class Products(ABC):

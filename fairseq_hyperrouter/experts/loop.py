@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_hyperrouter.dtypes import sum_dtype
-
 from .dispatch import Dispatch
-from .weights import ExpertWeights, Hidden
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_loop(x: Tensor, dispatch: Dispatch, gate: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:

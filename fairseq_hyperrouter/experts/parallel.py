@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairseq_hyperrouter.dtypes import sum_dtype
-
 from .dispatch import Dispatch, order_by_expert, places, sum_of_assignments
+from .weights import sum_dtype
 
 
 class ExpertParallel:

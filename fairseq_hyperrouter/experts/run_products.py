@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.dtypes import sum_dtype
+from .weights import sum_dtype
 
 
 @dataclass

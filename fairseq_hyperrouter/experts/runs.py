@@ -15,14 +15,14 @@ from typing import Any, List, Optional, Tuple, Type
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.derivatives import differentiable_once, trains
-from fairseq_hyperrouter.dtypes import sum_dtype
+from fairseq_hyperrouter.torch_modes import trains
 
 from .activation import with_gradient
+from .derivatives import differentiable_once
 from .dispatch import Dispatch
 from .memory import in_huge_pages
 from .run_products import Rows, RunProducts
-from .weights import ExpertWeights, Hidden
+from .weights import ExpertWeights, Hidden, sum_dtype
 
 
 def expert_runs(

@@ -2,6 +2,7 @@
 
 from typing import Callable, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,8 @@ class Hidden(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     dropout: float
     """Probability of dropping a hidden unit in this call."""
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """In which rows of x are added up, as a token's expert outputs: float32 where theirs is shorter, whatever k is."""
+    return torch.promote_types(x.dtype, torch.float32)

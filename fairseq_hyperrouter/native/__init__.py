@@ -1,4 +1,4 @@
-"""Our C code for CPUs; each module is None where it was not compiled, or made for another processor."""
+"""Our C code for CPUs; each compiled module is None where it was not compiled, or made for another processor."""
 
 from importlib import import_module
 from types import ModuleType

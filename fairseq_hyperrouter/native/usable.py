@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from fairseq_hyperrouter.derivatives import has_tangents, trains
-from fairseq_hyperrouter.dtypes import product_dtype
+from fairseq_hyperrouter.torch_modes import has_tangents, product_dtype, trains
 
 from . import run_products
 
 
 def has_native() -> bool:
-    """Whether the C code was compiled and this processor can run it."""
+    """Whether products of ours (run_products.c) were compiled, and this processor has the AVX-512 that they need."""
     return run_products is not None
 
 
@@ -20,7 +19,7 @@ def torch_keeps_to_avx2() -> bool:
 
 
 def may_use_addresses(*tensors: Tensor) -> bool:
-    """Whether it can compute a function of *tensors*: in float32 on a CPU.
+    """Whether C code of ours can compute a function of *tensors*: in float32 on a CPU.
 
     Not where a derivative may be asked for, backward or forward, nor where a trace is recorded.
     """
@@ -33,5 +32,8 @@ def may_use_addresses(*tensors: Tensor) -> bool:
 
 
 def serves_inference(*tensors: Tensor) -> bool:
-    """Whether it can in the place of an operation of torch's that autocast may compute in another dtype."""
+    """Whether C code of ours for AVX-512 can compute a product of *tensors* where no derivative is asked for.
+
+    Not where autocast computes it in another dtype.
+    """
     return has_native() and may_use_addresses(*tensors) and product_dtype(tensors[0]) == torch.float32

@@ -159,8 +159,9 @@ def test_probabilities_of_many_symbols_come_in_pieces(tmp_path, data, monkeypatc
     (whole, all_at_once), (pieces, sizes) = at(0), at(50)
     assert max(all_at_once) == 3 * 64 and max(sizes) == 50 and sum(sizes) == sum(all_at_once)
     assert pieces == pytest.approx(whole, rel=1e-6)
-    monkeypatch.setattr(evaluation, "PROBABILITIES", 3 * 4 * len(Dictionary.load(str(data / "dict.txt"))) + 1)
-    assert Evaluator(tmp_path / "checkpoint_last.pt", str(data), cpu=True).softmax_batch == 3
+    for room, piece in ((70, 70), (3, 64)):
+        monkeypatch.setattr(evaluation, "SOFTMAX_BYTES", room * 4 * len(Dictionary.load(str(data / "dict.txt"))) + 1)
+        assert Evaluator(tmp_path / "checkpoint_last.pt", str(data), cpu=True).softmax_batch == piece
 
 
 def test_without_a_moe_layer(tmp_path, data):

@@ -11,6 +11,7 @@ from fairseq_hyperrouter.experts import ExpertBank
 from fairseq_hyperrouter.experts import backend as backends
 from fairseq_hyperrouter.experts.backend import BACKENDS, HAS_GROUPED_MM, HAS_TRITON
 from fairseq_hyperrouter.experts.block_products import BLOCK_ROWS
+from fairseq_hyperrouter.native import usable
 from tests.reference import feed_forward
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -25,7 +26,7 @@ def bank(backend, dtype=None, **options):
         pytest.skip("Triton is not installed")
     if backend == "triton" and (dtype == torch.bfloat16 or torch.cuda.is_available()):
         pytest.skip("tests/test_on_gpu.py looks at it; Triton's interpreter multiplies bfloat16 as integers")
-    if backend == "native" and not backends.has_native():
+    if backend == "native" and not usable.has_native():
         pytest.skip("no compiler, or a processor without AVX-512")
     # grouped_mm refuses float64
     return ExpertBank(**{**SIZES, "backend": backend, **options}).to(dtype or widest(backend))
@@ -191,7 +192,7 @@ def test_autocast(backend, already):
 @pytest.mark.parametrize("backend", ["auto", "native"])
 def test_gates_of_another_dtype(backend):
     """C code, which reads addresses, must not take them for its own."""
-    if backend == "native" and not backends.has_native():
+    if backend == "native" and not usable.has_native():
         pytest.skip("no C code here")
     experts = bank(backend, dtype=torch.float32)
     x, gate = torch.randn(5, 4), torch.rand(5, 2)
@@ -292,7 +293,7 @@ def test_choice_is_logged_once(caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             experts(torch.randn(5, 4), INDEX["mixed"], torch.rand(5, 2))
-    name = "native" if backends.has_native() else "runs"
+    name = "native" if usable.has_native() else "runs"
     assert [record.message for record in caplog.records] == [
         f"experts are computed by the backend {name} (cpu, float32)"
     ]
